@@ -1,0 +1,242 @@
+/*
+ * sdcpp.h: everything that the engine offers to other programs.
+ *
+ *     sd_open_params open = sd_default_open_params();
+ *     open.model = "v1-5.safetensors";
+ *     open.data_dir = "share/sdcpp";                   // holds clip_merges.txt
+ *     sd_ctx * ctx = NULL;
+ *     if (sd_open(&open, &ctx) != SD_OK) { puts(sd_last_error()); return 1; }
+ *
+ *     sd_span span = {"a red heart", 1.0f};
+ *     sd_prompt prompt = {&span, 1};
+ *     sd_request request = sd_default_request(ctx);
+ *     request.prompts = &prompt;
+ *     request.n_prompts = 1;
+ *     uint8_t * rgb = malloc(3 * request.width * request.height);
+ *     if (sd_generate(ctx, &request, rgb) != SD_OK) puts(sd_last_error());
+ *     sd_close(ctx);
+ *
+ * A context holds one model. It is used by one thread at a time and guards itself: a second caller gets
+ * SD_BUSY. Several contexts run side by side. Callbacks belong to a context, never to the process.
+ * A call that fails says why in sd_last_error(), which is kept per thread.
+ * Strings are UTF-8, lengths are in pixels, images are 8-bit RGB rows from the top.
+ */
+#ifndef SDCPP_H
+#define SDCPP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SD_API __declspec(dllexport)
+#else
+#define SD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum sd_status {
+    SD_OK = 0,
+    SD_BAD_ARGUMENT,  // the caller can mend it
+    SD_BAD_FILE,      // damaged, or not what it claims to be
+    SD_UNSUPPORTED,   // sound, but nothing that we know
+    SD_OUT_OF_MEMORY,
+    SD_CANCELLED,     // a callback said so
+    SD_BUSY,          // another thread is using the context
+    SD_IO,            // the operating system refused
+    SD_INTERNAL       // ours: please report it
+} sd_status;
+
+// Why the last call of this thread failed; "" where none did.
+SD_API const char * sd_last_error(void);
+
+SD_API const char * sd_version(void);
+
+// What the library knows, one name per index; NULL past the end. The first is the default where there is one.
+SD_API const char * sd_sampler_name(int index);
+SD_API const char * sd_scheduler_name(int index);
+SD_API const char * sd_rng_name(int index);
+SD_API const char * sd_family_name(int index);
+
+typedef struct sd_device {
+    const char * name;        // for sd_open_params.backend
+    const char * description;
+    size_t       memory_free, memory_total; // bytes
+    bool         is_cpu;
+} sd_device;
+
+// Fills `device` and returns true, or returns false past the end.
+SD_API bool sd_get_device(int index, sd_device * device);
+
+// Adds devices of ggml's RPC backend ("host:port"), where ggml was built with it. ggml ends the process where
+// the server goes away later, or is no RPC server.
+SD_API sd_status sd_add_rpc_devices(const char * endpoint);
+
+// How the engine and its ggml were built: "key: value" lines.
+SD_API const char * sd_build_info(void);
+
+// ---- a model in memory ---------------------------------------------------------------------------------
+
+typedef struct sd_ctx sd_ctx;
+
+typedef enum sd_log_level { SD_LOG_DEBUG = 0, SD_LOG_INFO, SD_LOG_WARNING, SD_LOG_ERROR } sd_log_level;
+typedef void (*sd_log_callback)(sd_log_level level, const char * message, void * user);
+
+// A part of the model in a file of its own.
+typedef struct sd_component {
+    const char * role; // "model" (the denoiser), "vae", "clip_l"
+    const char * path;
+} sd_component;
+
+// How LoRAs act.
+//   "runtime"  weights are never written; all active LoRAs take part in the products (the default)
+//   "restore"  touched weights are rebuilt from the base: no cost per step
+//   "diff"     touched weights get the differences added: rounding accumulates until sd_reset_loras()
+typedef struct sd_open_params {
+    const char *         model;        // a .safetensors or .gguf file, or a diffusers folder
+    const sd_component * components;   // replace what is inside `model`
+    int                  n_components;
+    const char *         data_dir;     // folder with the vocabularies
+    const char *         backend;      // a device's name; NULL: the best
+    int                  threads;      // 0: one per core
+    const char *         prediction;   // "eps" or "v"; NULL: as the file says, else the family's own
+    const char *         lora_mode;    // NULL: "runtime"
+    const char *         base_copy;    // of weights that LoRAs touch: "file" (NULL), or "ram" for files that may vanish
+    bool                 requantise;   // a touched quantised weight goes back to its type; else it is held in f16
+    bool                 strict_loras; // any key of a LoRA that fits nothing is an error
+    size_t               lora_cache;   // bytes of read LoRAs that are kept though no prompt names them; 0: 2 GB
+    sd_log_callback      log;          // may be NULL
+    void *               log_user;
+} sd_open_params;
+
+SD_API sd_open_params sd_default_open_params(void);
+
+// On success `*ctx` is to be closed by sd_close; on failure it is NULL.
+SD_API sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx);
+SD_API void      sd_close(sd_ctx * ctx); // NULL is allowed
+
+typedef struct sd_model_info {
+    const char * family;         // "sd1"
+    const char * prediction;     // "eps" or "v"
+    const char * backend;        // the device's name
+    int          threads;
+    int          size_multiple;  // width and height are multiples of it
+    int          native_size;    // pixels, what the network was trained at
+    int          latent_channels;
+    int          input_channels; // of the denoiser: 4 plain, 9 inpainting, 8 pix2pix
+    size_t       weight_bytes;   // as resident
+    int          n_weights;
+    int          latent_cell;    // side of a latent's cell in pixels: 8 for Stable Diffusion
+} sd_model_info;
+
+// Strings live as long as the context. Of no context: all zeros.
+SD_API sd_model_info sd_get_model_info(const sd_ctx * ctx);
+
+// A hash of all resident weights: 64 hexadecimal digits and a final 0.
+SD_API sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]);
+
+// ---- painting ------------------------------------------------------------------------------------------
+
+// A run of text and how strongly to follow it; 1 is plain. A NULL text is a BREAK: the next span begins a
+// new chunk of 75 tokens.
+typedef struct sd_span {
+    const char * text;
+    float        weight;
+} sd_span;
+
+// The multiplier of modules below a path ("model.diffusion_model.input_blocks.4"), on top of the LoRA's own.
+typedef struct sd_lora_block {
+    const char * prefix;
+    double       factor;
+} sd_lora_block;
+
+typedef struct sd_lora {
+    const char *          path;        // a .safetensors or .gguf file, or a folder that PEFT saved
+    double                text, unet;  // multipliers of the text encoder and of the denoiser
+    double                start, stop; // of the steps, as fractions: 0 and 1 for all
+    const sd_lora_block * blocks;
+    int                   n_blocks;
+} sd_lora;
+
+typedef struct sd_prompt {
+    const sd_span * spans;
+    int             n_spans;
+    const sd_lora * loras; // the same file twice: the sum; a negative prompt has none
+    int             n_loras;
+} sd_prompt;
+
+// Called after each denoising step, `step` from 1 to `steps`; return false to stop. sd_preview() may be
+// called from inside it.
+typedef bool (*sd_on_step)(int step, int steps, void * user);
+
+// Called now and then (about every tenth of a second) while networks run, on a device other than the CPU before
+// each network; return false to stop.
+typedef bool (*sd_keep_going)(void * user);
+
+typedef struct sd_request {
+    const sd_prompt * prompts;          // one, or one per image
+    int               n_prompts;
+    const sd_prompt * negative_prompts; // none, one, or one per image
+    int               n_negative_prompts;
+    int               width, height;
+    int               steps;
+    float             cfg_scale;        // 1 turns guidance off
+    uint64_t          seed;             // image k of a batch is the image of seed + k alone
+    int               batch_size;
+    const char *      sampler;          // NULL: the family's own
+    const char *      scheduler;        // NULL: the family's own
+    const char *      rng;              // NULL: "cpu"
+    float             eta;              // share of fresh noise of the samplers that add some; < 0: their own
+    int               clip_skip;        // 1: the last layer of the text tower; 2: the one before; 0: the family's own
+    const uint8_t *   init_image;       // width * height RGB to start from, or NULL
+    float             strength;         // of the change to init_image, 0 to 1
+    const uint8_t *   mask;             // width * height grey, 255 where to repaint; needs init_image; or NULL
+    int               vae_tile;         // decode and encode in tiles of this many pixels; 0: only where needed
+    sd_on_step        on_step;          // may be NULL
+    sd_keep_going     keep_going;       // may be NULL
+    void *            user;
+} sd_request;
+
+// A request with the family's defaults, to be filled in. Of no context: all zeros.
+SD_API sd_request sd_default_request(const sd_ctx * ctx);
+
+// Paints batch_size images one after another into `rgb`, which holds batch_size * height * width * 3 bytes.
+SD_API sd_status sd_generate(sd_ctx * ctx, const sd_request * request, uint8_t * rgb);
+
+// ---- LoRA ----------------------------------------------------------------------------------------------
+
+// Makes exactly these LoRAs act: adds what is new, changes multipliers, and takes away what is not named. Where it
+// fails, weights and state are as they were. sd_generate() does this with what its prompts name.
+SD_API sd_status sd_apply_loras(sd_ctx * ctx, const sd_lora * loras, int n_loras);
+
+// No LoRA acts, and every weight is the base's, bit for bit.
+SD_API sd_status sd_reset_loras(sd_ctx * ctx);
+
+// What acts on image `image` of the last batch: fills `lora` and returns true, or returns false past the end.
+// Strings live until the LoRAs change.
+SD_API bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora);
+
+// What became of the keys of a file, as a JSON object: of each file that acts, or NULL past the end.
+SD_API const char * sd_lora_report(sd_ctx * ctx, int index);
+
+// The same of any file, without using it. The string lives until the next call.
+SD_API sd_status sd_inspect_lora(sd_ctx * ctx, const char * path, const char ** json);
+
+// "diff" mode: the relative RMS of the touched weights against what "restore" would hold.
+SD_API sd_status sd_lora_drift(sd_ctx * ctx, double * drift);
+
+// Inside on_step only: a cheap picture of the current estimate of image `image`, a pixel per latent cell
+// (width / latent_cell by height / latent_cell), into `rgb`.
+SD_API sd_status sd_preview(sd_ctx * ctx, int image, uint8_t * rgb);
+
+// Counts the tokens of a text as the model's tokenizer splits it (without begin and end).
+SD_API sd_status sd_count_tokens(sd_ctx * ctx, const char * text, int * count);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // SDCPP_H

@@ -1,0 +1,73 @@
+/*
+ * sdcpp_probe.h: staging for tests and tools, not part of the public surface and free to change.
+ * Runs one part of the engine alone. Statuses, errors and threads as in sdcpp.h.
+ */
+#ifndef SDCPP_PROBE_H
+#define SDCPP_PROBE_H
+
+#include "sdcpp.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Floats on the host; the fastest dimension first ([W, H, C, N]), unused dimensions 1.
+typedef struct sd_tensor {
+    const char * name; // of an input
+    int64_t      ne[4];
+    float *      data;
+} sd_tensor;
+
+// Receives a result; `data` is valid during the call only.
+typedef void (*sd_receive)(const sd_tensor * result, void * user);
+
+// Runs one network on the given inputs:
+//   "text"        ids [n, chunks] (whole numbers), clip_skip [1]       -> [width, n, chunks]
+//   "denoise"     latent [W, H, C, N], time [N], text [width, n, N]    -> what the network predicts
+//   "vae_encode"  image [W, H, 3, N] in -1..1                          -> mean and log-variance [w, h, 2C, N]
+//   "vae_decode"  latent [w, h, C, N], unscaled                        -> [W, H, 3, N]
+SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tensor * inputs, int n_inputs,
+                              sd_receive receive, void * user);
+
+// The latent that the last picture was decoded from: [w, h, C, images].
+SD_API sd_status sd_probe_latent(sd_ctx * ctx, sd_receive receive, void * user);
+
+typedef struct sd_weight_info {
+    const char * name;           // as single files spell it
+    const char * diffusers_name; // as diffusers folders spell it
+    const char * type;           // as resident
+    const char * file_type;      // as in the file
+    int64_t      ne[4];
+} sd_weight_info;
+
+// Fills `info` and returns true, or returns false past the end. Strings live as long as the context.
+SD_API bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info);
+
+// CLIP token ids of a text without begin and end, as floats: [n].
+SD_API sd_status sd_probe_clip_tokens(const char * merges_path, const char * text, sd_receive receive, void * user);
+
+// What torch.randn(n) gives: [n].
+SD_API sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive receive, void * user);
+
+// Noise levels of a Stable Diffusion 1.x run: [steps + 1].
+SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user);
+
+// The denoiser of a sampler under test: x and denoised are [n]; return false to stop.
+typedef bool (*sd_probe_denoiser)(const float * x, float sigma, float * denoised, int64_t n, void * user);
+
+// Runs a sampler alone over `images` images one after another in `x`: [n]. Image k draws from seed + k,
+// after `skip` normal numbers of the same stream.
+SD_API sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng,
+                                 uint64_t seed, int64_t skip, float eta, float * x, int64_t n, int images,
+                                 sd_probe_denoiser denoise, void * user);
+
+// The tensors of a checkpoint as stored, without opening a model: calls `each` once per tensor.
+typedef void (*sd_probe_stored)(const char * name, const char * type, const int64_t ne[4], int dims,
+                                const void * data, size_t bytes, void * user);
+SD_API sd_status sd_probe_checkpoint(const char * path, sd_probe_stored each, void * user);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif // SDCPP_PROBE_H

@@ -1,0 +1,139 @@
+#include "checkpoint/component.h"
+
+#include "core/error.h"
+#include "core/words.h"
+
+#include <algorithm>
+#include <string_view>
+
+namespace sd {
+namespace {
+
+bool begins_with(std::string_view text, std::string_view begin) {
+    return text.substr(0, begin.size()) == begin;
+}
+
+const std::vector<Role> & roles() {
+    static const std::vector<Role> ROLES = {
+        {{"model", "unet"},
+         "denoiser",
+         true,
+         {"model.diffusion_model.", "unet.", "transformer."},
+         {
+             {"model.diffusion_model.", "model.diffusion_model.", "model.diffusion_model."},
+             {"unet.", "unet.", "unet."},
+             {"diffusion_model.", "diffusion_model.", "model.diffusion_model."},
+             {"input_blocks.", "", "model.diffusion_model."},
+             {"down_blocks.", "", "unet."},
+         }},
+        {{"vae"},
+         "VAE",
+         false,
+         {"first_stage_model.", "vae."},
+         {
+             {"first_stage_model.", "first_stage_model.", "first_stage_model."},
+             {"vae.encoder.down.", "vae.", "first_stage_model."},
+             {"vae.decoder.up.", "vae.", "first_stage_model."},
+             {"vae.", "vae.", "vae."},
+             {"encoder.down.", "", "first_stage_model."},
+             {"decoder.up.", "", "first_stage_model."},
+             {"encoder.down_blocks.", "", "vae."},
+             {"decoder.up_blocks.", "", "vae."},
+         }},
+        {{"clip_l"},
+         "CLIP-L text encoder",
+         false,
+         {"cond_stage_model.", "text_encoder.", "text_encoders.clip_l."},
+         {
+             {"cond_stage_model.", "cond_stage_model.", "cond_stage_model."},
+             {"text_encoder.", "text_encoder.", "text_encoder."},
+             {"text_encoders.clip_l.transformer.", "text_encoders.clip_l.transformer.", "text_encoder."},
+             {"text_model.", "", "text_encoder."},
+             {"embeddings.token_embedding.", "", "text_encoder."}, // as transformers 5 saves a CLIPTextModel
+         }},
+    };
+    return ROLES;
+}
+
+// The name with its `from`, which lies after at least `after` characters, replaced.
+void replace(std::string & name, size_t after, std::string_view from, std::string_view to) {
+    const size_t found = name.find(from, after);
+    if (found != std::string::npos) {
+        name.replace(found, from.size(), to);
+    }
+}
+
+} // namespace
+
+const Role & find_role(const std::string & name) {
+    std::string known;
+    for (const Role & role : roles()) {
+        for (const char * spelling : role.names) {
+            if (name == spelling) {
+                return role;
+            }
+        }
+        known += (known.empty() ? "" : ", ") + std::string(role.names[0]);
+    }
+    fail(Status::bad_argument, "component '%s' is not known; there are: %s", printable(name).c_str(),
+         known.c_str());
+}
+
+bool owns(const Role & role, const std::string & name) {
+    return std::any_of(role.owns.begin(), role.owns.end(),
+                       [&](const char * prefix) { return begins_with(name, prefix); });
+}
+
+std::string rename_component(const Role & role, std::vector<StoredTensor> & tensors,
+                             const std::string & path) {
+    for (const Layout & layout : role.layouts) {
+        const auto marked = [&](const StoredTensor & tensor) {
+            return begins_with(tensor.name, layout.mark);
+        };
+        if (std::none_of(tensors.begin(), tensors.end(), marked)) {
+            continue;
+        }
+        const auto foreign = [&](const StoredTensor & tensor) {
+            return !begins_with(tensor.name, layout.strip);
+        };
+        tensors.erase(std::remove_if(tensors.begin(), tensors.end(), foreign), tensors.end());
+        for (StoredTensor & tensor : tensors) {
+            tensor.name =
+                usual_name(layout.prefix + tensor.name.substr(std::string_view(layout.strip).size()));
+        }
+        return layout.prefix;
+    }
+    const std::string first =
+        tensors.empty() ? "it has no tensors" : "its first tensor is " + printable(tensors[0].name);
+    fail(Status::bad_file, "%s: holds no %s that we know (%s); is it another component?", path.c_str(),
+         role.what, first.c_str());
+}
+
+std::string usual_name(const std::string & name) {
+    // CLIP's text tower: transformers 5 and some old single files leave "text_model." out.
+    for (const std::string_view prefix :
+         {"text_encoder.", "text_encoder_2.", "cond_stage_model.transformer."}) {
+        if (!begins_with(name, prefix)) {
+            continue;
+        }
+        for (const char * child : {"embeddings.", "encoder.layers.", "final_layer_norm."}) {
+            if (begins_with(std::string_view(name).substr(prefix.size()), child)) {
+                return std::string(prefix) + "text_model." + name.substr(prefix.size());
+            }
+        }
+    }
+    // The VAE's attention, as diffusers before 0.15 saved it.
+    const size_t attention =
+        begins_with(name, "vae.") ? name.find(".mid_block.attentions.") : std::string::npos;
+    if (attention == std::string::npos) {
+        return name;
+    }
+    std::string out = name;
+    replace(out, attention, ".query.", ".to_q.");
+    replace(out, attention, ".key.", ".to_k.");
+    replace(out, attention, ".value.", ".to_v.");
+    replace(out, attention, ".proj_attn.", ".to_out.0.");
+    return out;
+}
+
+} // namespace sd

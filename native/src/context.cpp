@@ -1,0 +1,437 @@
+#include "context.h"
+
+#include "core/error.h"
+#include "pixels.h"
+#include "preview.h"
+#include "sampling/sampler.h"
+#include "tiles.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+namespace sd {
+
+// A context is used by one thread at a time, and asks its caller now and then whether to go on.
+class Claim {
+  public:
+    Claim(Context & context, std::function<bool()> keep_going) : context_(context) {
+        if (context_.busy_.exchange(true)) {
+            fail(Status::busy, "this context is in use by another thread; wait for it, or open a second one");
+        }
+        if (keep_going) {
+            using Clock = std::chrono::steady_clock;
+            context_.device_.set_keep_going([keep_going, asked = Clock::now()]() mutable {
+                const auto now = Clock::now();
+                if (now - asked < std::chrono::milliseconds(100)) {
+                    return true;
+                }
+                asked = now;
+                return keep_going();
+            });
+        }
+    }
+    ~Claim() {
+        context_.device_.set_keep_going({});
+        context_.busy_ = false;
+    }
+    Claim(const Claim &) = delete;
+    Claim & operator=(const Claim &) = delete;
+
+  private:
+    Context & context_;
+};
+
+namespace {
+
+constexpr int     max_side = 16384;   // pixels
+constexpr int     max_steps = 10000;
+constexpr int     max_batch = 1024;
+constexpr int     auto_tile = 512;    // pixels
+constexpr int64_t whole_picture = 1024 * 1024; // pixels that go through the autoencoder without tiles
+constexpr size_t  kept_conditionings = 16;
+
+bool same(const Prompt & a, const Prompt & b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Span & x, const Span & y) {
+        return x.text == y.text && x.weight == y.weight && x.is_break == y.is_break;
+    });
+}
+
+void check_prompts(const char * what, const std::vector<Prompt> & prompts, int batch_size) {
+    if (prompts.size() > 1 && prompts.size() != static_cast<size_t>(batch_size)) {
+        fail(Status::bad_argument, "%zu %ss for a batch of %d: give one, or one per image", prompts.size(), what, batch_size);
+    }
+    for (const Prompt & prompt : prompts) {
+        for (const Span & span : prompt) {
+            if (!std::isfinite(span.weight)) {
+                fail(Status::bad_argument, "the %s weights '%s' by %g; weights are finite numbers", what,
+                     span.text.c_str(), static_cast<double>(span.weight));
+            }
+        }
+    }
+}
+
+int nearest_multiple(int value, int multiple) {
+    return std::max(multiple, (value + multiple / 2) / multiple * multiple);
+}
+
+// Repeats `one` along the last dimension that it uses not yet.
+void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
+
+} // namespace
+
+Context::Context(const OpenParams & params)
+    : log_(params.log), device_(params.backend, params.threads),
+      weights_(Checkpoint::open(params.model, params.components)),
+      family_(&recognise(weights_.checkpoint())),
+      pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
+      lora_names_(weights_),
+      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, family_->name); },
+             params.loras) {
+    weights_.load(device_);
+    if (log_) {
+        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s", params.model.c_str(), family_->name,
+                               weights_.weights().size(), weights_.resident_bytes() >> 20, device_.name().c_str()));
+    }
+}
+
+// ---- a request -----------------------------------------------------------------------------------------
+
+// Fills in what was left out, and refuses what can't be painted.
+void Context::complete(Request & r) const {
+    const Defaults defaults = pipeline_->defaults();
+    const int      multiple = pipeline_->size_multiple();
+    if (r.width < 1 || r.height < 1 || r.width > max_side || r.height > max_side) {
+        fail(Status::bad_argument, "size %d x %d: both must be between %d and %d", r.width, r.height, multiple, max_side);
+    }
+    if (r.width % multiple != 0 || r.height % multiple != 0) {
+        fail(Status::bad_argument, "size %d x %d: both must be multiples of %d; the nearest is %d x %d", r.width, r.height,
+             multiple, nearest_multiple(r.width, multiple), nearest_multiple(r.height, multiple));
+    }
+    if (r.steps < 1 || r.steps > max_steps) {
+        fail(Status::bad_argument, "steps %d: must be between 1 and %d", r.steps, max_steps);
+    }
+    if (!std::isfinite(r.cfg_scale)) {
+        fail(Status::bad_argument, "cfg_scale %g: must be a finite number", static_cast<double>(r.cfg_scale));
+    }
+    if (!std::isfinite(r.eta)) {
+        fail(Status::bad_argument, "eta %g: must be a finite number", static_cast<double>(r.eta));
+    }
+    if (r.batch_size < 1 || r.batch_size > max_batch) {
+        fail(Status::bad_argument, "batch_size %d: must be between 1 and %d", r.batch_size, max_batch);
+    }
+    if (!(r.strength >= 0 && r.strength <= 1)) {
+        fail(Status::bad_argument, "strength %g: must be between 0 and 1", static_cast<double>(r.strength));
+    }
+    if (r.mask && !r.init_image) {
+        fail(Status::bad_argument, "a mask was given without init_image, the picture that it masks");
+    }
+    if (r.vae_tile < 0 || r.vae_tile > max_side || r.vae_tile % (4 * multiple) != 0) {
+        fail(Status::bad_argument, "vae_tile %d: must be 0 or a multiple of %d pixels", r.vae_tile, 4 * multiple);
+    }
+    if (r.prompts.empty()) {
+        fail(Status::bad_argument, "no prompt was given");
+    }
+    check_prompts("prompt", r.prompts, r.batch_size);
+    check_prompts("negative prompt", r.negative_prompts, r.batch_size);
+    if (r.negative_prompts.empty()) {
+        r.negative_prompts.push_back({});
+    }
+    if (r.clip_skip == 0) {
+        r.clip_skip = defaults.clip_skip;
+    }
+    r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
+    r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
+    r.rng = r.rng.empty() ? rng_names().front() : r.rng;
+}
+
+// ---- what to paint -------------------------------------------------------------------------------------
+
+Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks) {
+    const std::string loras = loras_.text_identity(image);
+    for (auto at = encoded_.begin(); at != encoded_.end(); ++at) {
+        if (at->clip_skip == clip_skip && at->chunks == chunks && at->loras == loras && same(at->prompt, prompt)) {
+            encoded_.splice(encoded_.begin(), encoded_, at);
+            return encoded_.front().conditioning;
+        }
+    }
+    runner_.adapt(loras_.adapters(), loras_.text_strengths(image));
+    encoded_.push_front({prompt, loras, clip_skip, chunks, pipeline_->encode(runner_, prompt, clip_skip, chunks)});
+    if (encoded_.size() > kept_conditionings) {
+        encoded_.pop_back();
+    }
+    return encoded_.front().conditioning;
+}
+
+// One conditioning per image of the batch, then, where guided, the negative one of each.
+Conditioning Context::condition(const Request & request, bool guided) {
+    std::vector<const Prompt *> prompts;
+    const auto                  add = [&](const std::vector<Prompt> & from) {
+        for (int image = 0; image < request.batch_size; ++image) {
+            prompts.push_back(&from[from.size() > 1 ? image : 0]);
+        }
+    };
+    add(request.prompts);
+    if (guided) {
+        add(request.negative_prompts);
+    }
+    int chunks = 1;
+    for (const Prompt * prompt : prompts) {
+        chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
+    }
+    Conditioning all;
+    for (size_t i = 0; i < prompts.size(); ++i) {
+        const size_t image = i % request.batch_size;
+        for (const auto & [name, tensor] : encode_prompt(*prompts[i], image, request.clip_skip, chunks)) {
+            Tensor & joined = all[name];
+            joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
+            append(joined.data, tensor.data);
+        }
+    }
+    return all;
+}
+
+// ---- where to begin ------------------------------------------------------------------------------------
+
+// The mean of the picture's latent as the denoiser scales it; the autoencoder's own noise is left out.
+Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int height, int tile) {
+    const LatentFormat format = pipeline_->latent_format();
+    Tensor             image({width, height, 3, 1});
+    image.data = rgb;
+    const Tensor moments = in_tiles(image, tile > 0 ? tile : std::max(width, height), 1, format.reduction, [&](const Tensor & part) {
+        return runner_
+            .run("vae_encode", {{"image", &part}}, [&](Graph & g) { g.output("moments", pipeline_->encode_image(g)); })
+            .at("moments");
+    });
+    Tensor latent({moments.ne[0], moments.ne[1], format.channels, 1});
+    for (size_t i = 0; i < latent.data.size(); ++i) {
+        latent.data[i] = moments.data[i] * format.scale;
+    }
+    return latent;
+}
+
+static int tile_for(const Request & r) {
+    const bool whole = static_cast<int64_t>(r.width) * r.height <= whole_picture;
+    return r.vae_tile > 0 ? r.vae_tile : whole ? 0 : auto_tile;
+}
+
+Context::Latents Context::start(const Request & r) {
+    const LatentFormat format = pipeline_->latent_format();
+    const int64_t      w = r.width / format.reduction, h = r.height / format.reduction;
+    const int64_t      inputs = pipeline_->input_channels();
+    Latents            out{{w, h, format.channels, r.batch_size}, {}, {}, {}};
+
+    std::vector<float> picture;
+    if (r.init_image) {
+        picture = image_from_rgb(r.init_image, r.width, r.height).data;
+        out.init = encode_picture(picture, r.width, r.height, tile_for(r));
+    }
+    if (r.mask) {
+        out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
+    }
+    if (inputs == 2 * format.channels) {
+        fail(Status::unsupported, "this is an InstructPix2Pix model (%lld input channels); only its text encoder and "
+             "autoencoder can be used so far", static_cast<long long>(inputs));
+    }
+    if (inputs == 2 * format.channels + 1) {
+        // An inpainting model sees the mask, and the picture with grey where it is to repaint.
+        const int64_t plane = static_cast<int64_t>(r.width) * r.height;
+        picture.resize(static_cast<size_t>(3 * plane), 0.0f);
+        for (int64_t i = 0; i < 3 * plane; ++i) {
+            picture[i] = !r.mask || r.mask[i % plane] >= 128 ? 0.0f : picture[i];
+        }
+        Tensor shown = encode_picture(picture, r.width, r.height, tile_for(r));
+        out.extra = Tensor({w, h, 1 + format.channels, 1});
+        for (int64_t i = 0; i < w * h; ++i) {
+            out.extra->data[i] = !out.mask || out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
+        }
+        std::copy(shown.data.begin(), shown.data.end(), out.extra->data.begin() + w * h);
+    }
+    return out;
+}
+
+// ---- painting ------------------------------------------------------------------------------------------
+
+void Context::generate(Request r, uint8_t * rgb) {
+    const Claim claim(*this, r.keep_going);
+    weights_.checkpoint().verify_unchanged();
+    complete(r);
+    loras_.apply(r.loras);
+    runner_.adapt(nullptr);
+
+    const bool          guided = r.cfg_scale != 1.0f;
+    const NoiseSchedule trained = pipeline_->noise_schedule();
+    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
+    const Latents       begin = start(r);
+    const Conditioning  conditioning = condition(r, guided);
+
+    if (begin.init) { // a weaker change begins further down
+        const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
+        const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * r.strength));
+        sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
+    }
+
+    const size_t                      one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
+    const size_t                      plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
+    std::vector<std::unique_ptr<Rng>> rngs;
+    std::vector<float>                x(one * r.batch_size);
+    for (int image = 0; image < r.batch_size; ++image) {
+        rngs.push_back(make_rng(r.rng, r.seed + image));
+        float * at = x.data() + image * one;
+        rngs.back()->normal(at, one);
+        for (size_t i = 0; i < one; ++i) {
+            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] : 0.0f);
+        }
+    }
+
+    const int    runs = guided ? 2 * r.batch_size : r.batch_size;
+    const size_t extra = begin.extra ? begin.extra->data.size() : 0;
+    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1});
+    Inputs       inputs{{"latent", &latent}, {"time", &time}};
+    for (const auto & [name, tensor] : conditioning) {
+        inputs[name] = &tensor;
+    }
+    const int  steps = static_cast<int>(sigmas.size()) - 1;
+    int        done = 0;
+    const auto denoise = [&](const std::vector<float> & noisy, float sigma, std::vector<float> & denoised) {
+        const float spread = std::sqrt(sigma * sigma + 1);
+        for (int run = 0; run < runs; ++run) {
+            float *       to = latent.data.data() + run * (one + extra);
+            const float * from = noisy.data() + (run % r.batch_size) * one;
+            std::transform(from, from + one, to, [&](float value) { return value / spread; });
+            if (begin.extra) {
+                std::copy(begin.extra->data.begin(), begin.extra->data.end(), to + one);
+            }
+            time.data[run] = trained.timestep(sigma);
+        }
+        if (loras_.adapters()) {
+            runner_.adapt(loras_.adapters(), loras_.denoiser_strengths(done, steps, runs));
+        }
+        auto         outputs = runner_.run("denoise", inputs, [&](Graph & g) { g.output("out", pipeline_->denoise(g)); });
+        const float * out = outputs.at("out").data.data();
+        denoised.resize(noisy.size());
+        for (size_t i = 0; i < noisy.size(); ++i) {
+            const float model = guided ? out[noisy.size() + i] + r.cfg_scale * (out[i] - out[noisy.size() + i]) : out[i];
+            denoised[i] = pipeline_->prediction() == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
+                                                                   : noisy[i] - sigma * model;
+            if (begin.mask) { // what is not to be repainted is known
+                const float repaint = begin.mask->data[i % plane];
+                denoised[i] = repaint * denoised[i] + (1 - repaint) * begin.init->data[i % one];
+            }
+        }
+    };
+    const auto on_step = [&](int step, int of, const std::vector<float> & denoised) {
+        done = step;
+        if (!r.on_step) {
+            return;
+        }
+        estimate_ = &denoised;
+        estimate_ne_ = begin.ne;
+        const bool go_on = r.on_step(step, of);
+        estimate_ = nullptr;
+        if (!go_on) {
+            fail(Status::cancelled, "stopped after step %d of %d", step, of);
+        }
+    };
+    sample(r.sampler, {sigmas, &rngs, r.eta, denoise, on_step}, x);
+
+    last_latent_.ne = begin.ne;
+    last_latent_.data = std::move(x);
+    decode(r, last_latent_, rgb);
+}
+
+void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
+    const LatentFormat format = pipeline_->latent_format();
+    const int          pixels = tile_for(r);
+    const int64_t      tile = pixels > 0 ? pixels / format.reduction : std::max(latent.ne[0], latent.ne[1]);
+    const size_t       one = static_cast<size_t>(count(latent.ne)) / r.batch_size;
+    const int64_t      plane = static_cast<int64_t>(r.width) * r.height;
+    runner_.adapt(nullptr);
+    runner_.keep_only("vae_decode");
+    for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
+        Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
+        std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
+                       [&](float value) { return value / format.scale; });
+        const Tensor picture = in_tiles(unscaled, tile, format.reduction, 1, [&](const Tensor & part) {
+            return runner_
+                .run("vae_decode", {{"latent", &part}}, [&](Graph & g) { g.output("image", pipeline_->decode_latent(g)); })
+                .at("image");
+        });
+        uint8_t * out = rgb + image * 3 * plane;
+        rgb_from_image(picture, 0, out);
+        for (int64_t i = 0; r.mask && i < 3 * plane; ++i) { // pixels outside the mask stay as they were
+            const int repaint = r.mask[i / 3];
+            out[i] = static_cast<uint8_t>((out[i] * repaint + r.init_image[i] * (255 - repaint) + 127) / 255);
+        }
+    }
+}
+
+// ---- questions -----------------------------------------------------------------------------------------
+
+void Context::preview(int image, uint8_t * rgb) {
+    if (!estimate_) {
+        fail(Status::bad_argument, "a preview can be had inside on_step only");
+    }
+    if (image < 0 || image >= estimate_ne_[3]) {
+        fail(Status::bad_argument, "preview of image %d: the batch has images 0 to %lld", image,
+             static_cast<long long>(estimate_ne_[3] - 1));
+    }
+    if (preview_map_.empty()) {
+        const Tensor chart = preview_chart(pipeline_->latent_format().reduction);
+        preview_map_ = fit_preview(chart, encode_picture(chart.data, static_cast<int>(chart.ne[0]),
+                                                         static_cast<int>(chart.ne[1]), 0));
+    }
+    paint_preview(preview_map_, *estimate_, estimate_ne_, image, rgb);
+}
+
+std::string Context::fingerprint() {
+    const Claim claim(*this, {});
+    return weights_.fingerprint();
+}
+
+int Context::count_tokens(const std::string & text) const { return pipeline_->count_tokens(text); }
+
+void Context::apply_loras(const LoraState & wanted) {
+    const Claim claim(*this, {});
+    loras_.apply(wanted);
+}
+
+void Context::reset_loras() {
+    const Claim claim(*this, {});
+    loras_.reset();
+}
+
+LoraReport Context::inspect_lora(const std::string & path) {
+    const Claim claim(*this, {});
+    return read_lora(path, lora_names_, family_->name).report;
+}
+
+Tensor Context::probe(const std::string & network, const std::map<std::string, Tensor> & given) {
+    const Claim claim(*this, {});
+    Inputs      inputs;
+    for (const auto & [name, tensor] : given) {
+        inputs[name] = &tensor;
+    }
+    const auto skip = given.find("clip_skip");
+    const auto build = [&](Graph & g) {
+        g.output("out", network == "text"         ? pipeline_->text(g, skip == given.end() ? 1 : static_cast<int>(skip->second.data[0]))
+                        : network == "denoise"    ? pipeline_->denoise(g)
+                        : network == "vae_encode" ? pipeline_->encode_image(g)
+                                                  : pipeline_->decode_latent(g));
+    };
+    if (network != "text" && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
+        fail(Status::bad_argument, "network '%s' is not known; there are: text, denoise, vae_encode, vae_decode", network.c_str());
+    }
+    runner_.keep_only("");
+    const auto latent = given.find("latent");
+    const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
+    runner_.adapt(network == "text" || network == "denoise" ? loras_.adapters() : nullptr,
+                  network == "text"                   ? loras_.text_strengths(0)
+                  : network == "denoise" && loras_.adapters() ? loras_.denoiser_strengths(0, 1, runs)
+                                                      : Tensor());
+    Tensor out = std::move(runner_.run(network, inputs, build).at("out"));
+    runner_.keep_only("");
+    return out;
+}
+
+} // namespace sd

@@ -1,0 +1,120 @@
+// A model in memory, ready to paint: owns weights and graphs. generate() reads as the algorithm.
+#pragma once
+
+#include "core/log.h"
+#include "families/family.h"
+#include "lora/lora_engine.h"
+#include "nn/device.h"
+#include "nn/runner.h"
+#include "nn/weights.h"
+
+#include <atomic>
+#include <functional>
+#include <list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace sd {
+
+struct OpenParams {
+    std::string                model;
+    std::vector<ComponentFile> components;
+    std::string                data_dir, backend, prediction;
+    int                        threads = 0;
+    LoraOptions                loras;
+    Log                        log;
+};
+
+struct Request {
+    std::vector<Prompt>                         prompts, negative_prompts; // one, or one per image
+    LoraState                                   loras;
+    int                                         width = 0, height = 0, steps = 0;
+    float                                       cfg_scale = 1;
+    uint64_t                                    seed = 0;
+    int                                         batch_size = 1;
+    std::string                                 sampler, scheduler, rng; // "": the default
+    float                                       eta = -1;
+    int                                         clip_skip = 0;
+    const uint8_t *                             init_image = nullptr; // width * height RGB
+    float                                       strength = 1;
+    const uint8_t *                             mask = nullptr; // width * height grey
+    int                                         vae_tile = 0;
+    std::function<bool(int step, int steps)>    on_step;
+    std::function<bool()>                       keep_going;
+};
+
+class Context {
+  public:
+    explicit Context(const OpenParams & params);
+
+    const Pipeline &    pipeline() const { return *pipeline_; }
+    const Family &      family() const { return *family_; }
+    const Device &      device() const { return device_; }
+    const WeightStore & weights() const { return weights_; }
+
+    // Paints batch_size images one after another into `rgb`.
+    void generate(Request request, uint8_t * rgb);
+
+    // Inside on_step: one pixel per latent cell of image `image`.
+    void preview(int image, uint8_t * rgb);
+
+    std::string fingerprint();
+    int         count_tokens(const std::string & text) const;
+
+    // What generate() does first, with what its prompts name; see LoraEngine.
+    void        apply_loras(const LoraState & wanted);
+    void        reset_loras();
+    LoraReport  inspect_lora(const std::string & path);
+    LoraEngine & loras() { return loras_; }
+    const LoraEngine & loras() const { return loras_; }
+
+    // What the last picture was decoded from; empty before the first.
+    const Tensor & last_latent() const { return last_latent_; }
+
+    // Runs one network alone; see sdcpp_probe.h.
+    Tensor probe(const std::string & network, const std::map<std::string, Tensor> & inputs);
+
+  private:
+    friend class Claim;
+
+    struct Latents { // of a whole batch, [w, h, channels, images] each
+        Shape                 ne;
+        std::optional<Tensor> init;  // the picture to start from, one for all images
+        std::optional<Tensor> mask;  // [w, h, 1, 1], 1 where to repaint
+        std::optional<Tensor> extra; // input channels behind the latent's own
+    };
+
+    void         complete(Request & request) const;
+    Conditioning condition(const Request & request, bool guided);
+    Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
+    Latents      start(const Request & request);
+    Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
+    void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
+
+    Log                       log_;
+    std::atomic<bool>         busy_{false};
+    Device                    device_;
+    WeightStore               weights_;
+    const Family *            family_;
+    std::unique_ptr<Pipeline> pipeline_;
+    Runner                    runner_;
+    LoraNames                 lora_names_;
+    LoraEngine                loras_;
+
+    struct Encoded {
+        Prompt       prompt;
+        std::string  loras; // what changed the text encoder
+        int          clip_skip, chunks;
+        Conditioning conditioning;
+    };
+    std::list<Encoded> encoded_; // the newest first
+
+    Tensor                     last_latent_;
+    const std::vector<float> * estimate_ = nullptr; // of the clean latent, while on_step runs
+    Shape                      estimate_ne_{};
+    std::vector<float>         preview_map_; // [channels + 1, 3], fitted at the first preview
+};
+
+} // namespace sd

@@ -1,0 +1,81 @@
+// A family: how networks, text encoders and an autoencoder join into something that paints. One file each.
+#pragma once
+
+#include "nn/graph.h"
+#include "nn/runner.h"
+#include "nn/weights.h"
+#include "sampling/schedule.h"
+#include "text/clip_chunks.h"
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace sd {
+
+// What a request takes where it says nothing.
+struct Defaults {
+    int          steps;
+    float        cfg_scale;
+    const char * sampler;
+    const char * scheduler;
+    int          clip_skip;
+};
+
+enum class Prediction { eps, v }; // what the denoiser's output means
+
+struct LatentFormat {
+    int64_t channels;
+    int     reduction; // pixels a cell is wide
+    float   scale;     // the denoiser's latents are the autoencoder's times this
+};
+
+using Prompt = std::vector<Span>;
+
+// Inputs of the denoiser that say what to paint, by name; the last dimension counts images.
+using Conditioning = std::map<std::string, Tensor>;
+
+class Pipeline {
+  public:
+    virtual ~Pipeline() = default;
+
+    virtual Defaults      defaults() const = 0;
+    virtual Prediction    prediction() const = 0;
+    virtual LatentFormat  latent_format() const = 0;
+    virtual NoiseSchedule noise_schedule() const = 0;
+    virtual int           input_channels() const = 0; // of the denoiser
+    virtual int           size_multiple() const = 0;  // of width and height, in pixels
+    virtual int           native_size() const = 0;    // pixels of a side that the denoiser was trained at
+
+    // How many chunks a prompt fills, and its conditioning, filled up with empty text to `chunks`.
+    virtual int          count_chunks(const Prompt & prompt) const = 0;
+    virtual Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const = 0;
+    virtual int          count_tokens(const std::string & text) const = 0;
+
+    // Graphs of the networks. Inputs: "ids" [n, chunks]; "latent" [w, h, C, N], "time" [N] and the conditioning;
+    // "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    virtual Value text(Graph & g, int clip_skip) const = 0;
+    virtual Value denoise(Graph & g) const = 0;
+    virtual Value encode_image(Graph & g) const = 0; // mean and log-variance, unscaled
+    virtual Value decode_latent(Graph & g) const = 0;
+};
+
+struct OpenOptions {
+    std::string data_dir;   // vocabularies
+    std::string prediction; // "eps", "v" or "": as the file says
+};
+
+struct Family {
+    const char * name;
+    bool (*recognises)(const Checkpoint &);
+    std::unique_ptr<Pipeline> (*open)(WeightStore &, const OpenOptions &);
+};
+
+const std::vector<const Family *> & families();
+
+// The family of a checkpoint; throws Error(unsupported) where no one recognises it.
+const Family & recognise(const Checkpoint & checkpoint);
+
+} // namespace sd

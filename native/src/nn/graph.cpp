@@ -1,0 +1,209 @@
+#include "nn/graph.h"
+
+#include "core/error.h"
+#include "nn/device.h"
+#include "nn/weights.h"
+
+#include <ggml.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace sd {
+
+// Attention scores are the largest activation; beyond this many bytes they are made in parts.
+constexpr int64_t max_score_bytes = 128 << 20;
+
+Shape Graph::shape(Value value) { return {value->ne[0], value->ne[1], value->ne[2], value->ne[3]}; }
+
+static Value new_input(ggml_context * ctx, ggml_type type, const Shape & ne) {
+    Value value = ggml_new_tensor_4d(ctx, type, ne[0], ne[1], ne[2], ne[3]);
+    ggml_set_input(value);
+    return value;
+}
+
+Value Graph::input(const std::string & name) { return inputs_[name] = new_input(ctx_, GGML_TYPE_F32, shape_of(name)); }
+
+Value Graph::input_ids(const std::string & name) {
+    return inputs_[name] = new_input(ctx_, GGML_TYPE_I32, shape_of(name));
+}
+
+const Shape & Graph::shape_of(const std::string & input) const {
+    const auto found = input_shapes_.find(input);
+    if (found == input_shapes_.end()) {
+        fail(Status::bad_argument, "this network needs an input named '%s'", input.c_str());
+    }
+    return found->second;
+}
+
+Value Graph::constant(Tensor values) {
+    Value value = new_input(ctx_, GGML_TYPE_F32, values.ne);
+    constants_.push_back({value, std::move(values)});
+    return value;
+}
+
+Value Graph::constant_ids(Tensor values) {
+    Value value = new_input(ctx_, GGML_TYPE_I32, values.ne);
+    constants_.push_back({value, std::move(values)});
+    return value;
+}
+
+void Graph::output(const std::string & name, Value value) {
+    value = ggml_cont(ctx_, value); // a view has no memory of its own to be read from
+    ggml_set_output(value);
+    ggml_build_forward_expand(nodes_, value);
+    outputs_[name] = value;
+}
+
+// ---- products with weights -----------------------------------------------------------------------------
+
+Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
+    const Adapter * adapted = adapter(weight);
+    Value y = adapted ? adapted_linear(*adapted, weight, x) : ggml_mul_mat(ctx_, weight->tensor, x);
+    return bias ? ggml_add(ctx_, y, over_tokens(vector(bias), y)) : y;
+}
+
+Value Graph::plain_conv2d(Value kernel, Value x, int stride, int pad) {
+    // The direct form gathers a few rows at a time; the other writes the gathered picture, nine times the size
+    // of x, but is the one that every device knows.
+    if (device_.is_cpu()) {
+        return ggml_conv_2d_direct(ctx_, kernel, x, stride, stride, pad, pad, 1, 1);
+    }
+    // As ggml_conv_2d, which however rounds what it gathers to f16 even where the kernel is f32.
+    const ggml_type type = kernel->type == GGML_TYPE_F16 ? GGML_TYPE_F16 : GGML_TYPE_F32;
+    Value gathered = ggml_im2col(ctx_, kernel, x, stride, stride, pad, pad, 1, 1, true, type); // [in*k*k, W', H', N]
+    const int64_t patch = gathered->ne[0], width = gathered->ne[1], height = gathered->ne[2], images = gathered->ne[3];
+    Value         y = ggml_mul_mat(ctx_, ggml_reshape_2d(ctx_, gathered, patch, width * height * images),
+                                   ggml_reshape_2d(ctx_, kernel, patch, kernel->ne[3]));
+    y = ggml_reshape_4d(ctx_, y, width, height, images, kernel->ne[3]);
+    return ggml_cont(ctx_, ggml_permute(ctx_, y, 0, 1, 3, 2));
+}
+
+Value Graph::conv2d(const Weight * kernel, const Weight * bias, Value x, int stride, int pad) {
+    const Adapter * adapted = adapter(kernel);
+    Value           y = adapted ? adapted_conv2d(*adapted, kernel, x, stride, pad)
+                                : plain_conv2d(kernel->tensor, x, stride, pad);
+    return bias ? ggml_add(ctx_, y, over_channels(vector(bias))) : y;
+}
+
+Value Graph::embedding(const Weight * table, Value ids) {
+    const Shape     ne = shape(ids);
+    const Adapter * adapted = adapter(table);
+    Value           flat = ggml_reshape_1d(ctx_, ids, ggml_nelements(ids));
+    if (adapted) {
+        return adapted_rows(*adapted, table, flat, ne);
+    }
+    Value rows = ggml_get_rows(ctx_, table->tensor, flat);
+    return ggml_reshape_4d(ctx_, rows, rows->ne[0], ne[0], ne[1], ne[2]);
+}
+
+// ---- norms and activations -----------------------------------------------------------------------------
+
+Value Graph::group_norm(const Weight * weight, const Weight * bias, Value x, int groups, float eps) {
+    x = ggml_group_norm(ctx_, x, groups, eps);
+    return ggml_add(ctx_, ggml_mul(ctx_, x, over_channels(vector(weight))), over_channels(vector(bias)));
+}
+
+Value Graph::layer_norm(const Weight * weight, const Weight * bias, Value x, float eps) {
+    x = ggml_norm(ctx_, x, eps);
+    return ggml_add(ctx_, ggml_mul(ctx_, x, over_tokens(vector(weight), x)), over_tokens(vector(bias), x));
+}
+
+Value Graph::silu(Value x) { return ggml_silu(ctx_, x); }
+
+Value Graph::gelu(Value x) { return ggml_gelu_erf(ctx_, x); }
+
+// ggml_gelu_quick looks half-precision values up in a table, which costs three digits.
+Value Graph::quick_gelu(Value x) { return ggml_mul(ctx_, x, ggml_sigmoid(ctx_, ggml_scale(ctx_, x, 1.702f))); }
+
+Value Graph::geglu(Value x) {
+    const int64_t half = x->ne[0] / 2;
+    const auto    part = [&](int64_t first) {
+        return ggml_view_4d(ctx_, x, half, x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2], x->nb[3],
+                            static_cast<size_t>(first) * x->nb[0]);
+    };
+    return ggml_geglu_erf_split(ctx_, part(half), part(0));
+}
+
+Value Graph::add(Value x, Value y) { return ggml_add(ctx_, x, y); }
+
+Value Graph::add_to_channels(Value x, Value y) {
+    return ggml_add(ctx_, x, ggml_reshape_4d(ctx_, y, 1, 1, y->ne[0], y->ne[1]));
+}
+
+// ---- attention -----------------------------------------------------------------------------------------
+
+// Heads apart, [size, T, heads, N] -> [size, heads, Tq, N].
+Value Graph::attention_block(Value q, Value k, Value v, float scale, Value mask) {
+    Value scores = ggml_mul_mat(ctx_, k, q); // [Tk, Tq, heads, N]
+    ggml_mul_mat_set_prec(scores, GGML_PREC_F32);
+    scores = ggml_soft_max_ext(ctx_, scores, mask, scale, 0.0f);
+    Value columns = ggml_cont(ctx_, ggml_permute(ctx_, v, 1, 0, 2, 3)); // [Tk, size, heads, N]
+    Value out = ggml_mul_mat(ctx_, columns, scores);                    // [size, Tq, heads, N]
+    return ggml_cont(ctx_, ggml_permute(ctx_, out, 0, 2, 1, 3));
+}
+
+Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
+    const int64_t width = q->ne[0], size = width / heads, images = q->ne[2];
+    const float   scale = 1.0f / std::sqrt(static_cast<float>(size));
+    const auto    apart = [&](Value x, int64_t first_head, int64_t n_heads, int64_t first_image, int64_t n_images) {
+        Value part = ggml_view_4d(ctx_, x, size, n_heads, x->ne[1], n_images, size * x->nb[0], x->nb[1], x->nb[2],
+                                     first_head * size * x->nb[0] + first_image * x->nb[2]);
+        return ggml_permute(ctx_, part, 0, 2, 1, 3); // [size, T, heads, N]
+    };
+    if (device_.is_cpu() && !mask) { // ggml's tiled kernel for the CPU never holds the scores, and keeps f32
+        Value out = ggml_flash_attn_ext(ctx_, apart(q, 0, heads, 0, images), apart(k, 0, heads, 0, images),
+                                        apart(v, 0, heads, 0, images), nullptr, scale, 0.0f, 0.0f);
+        ggml_flash_attn_ext_set_prec(out, GGML_PREC_F32);
+        return ggml_reshape_3d(ctx_, out, width, q->ne[1], images);
+    }
+
+    const auto block = [&](int64_t head, int64_t n_heads, int64_t image, int64_t n_images) {
+        return attention_block(apart(q, head, n_heads, image, n_images), apart(k, head, n_heads, image, n_images),
+                               apart(v, head, n_heads, image, n_images), scale, mask);
+    };
+
+    const int64_t one_head = q->ne[1] * k->ne[1] * static_cast<int64_t>(sizeof(float));
+    Value         out = nullptr;
+    if (one_head * heads * images <= max_score_bytes) {
+        out = block(0, heads, 0, images);
+    } else {
+        const int64_t at_once = std::clamp<int64_t>(max_score_bytes / one_head, 1, heads);
+        for (int64_t image = 0; image < images; ++image) {
+            Value whole = nullptr;
+            for (int64_t head = 0; head < heads; head += at_once) {
+                Value part = block(head, std::min(at_once, heads - head), image, 1);
+                whole = whole ? ggml_concat(ctx_, whole, part, 1) : part;
+            }
+            out = out ? ggml_concat(ctx_, out, whole, 3) : whole;
+        }
+    }
+    return ggml_reshape_3d(ctx_, out, width, q->ne[1], images);
+}
+
+// ---- layout --------------------------------------------------------------------------------------------
+
+Value Graph::concat_channels(Value x, Value y) { return ggml_concat(ctx_, x, y, 2); }
+
+Value Graph::upsample(Value x, int64_t width, int64_t height) {
+    return ggml_interpolate(ctx_, x, width, height, x->ne[2], x->ne[3], GGML_SCALE_MODE_NEAREST);
+}
+
+Value Graph::pad(Value x, int right, int bottom) { return ggml_pad(ctx_, x, right, bottom, 0, 0); }
+
+Value Graph::tokens(Value x) {
+    const Shape ne = shape(x);
+    Value       rows = ggml_reshape_3d(ctx_, x, ne[0] * ne[1], ne[2], ne[3]);
+    return ggml_cont(ctx_, ggml_permute(ctx_, rows, 1, 0, 2, 3));
+}
+
+Value Graph::image(Value x, int64_t width, int64_t height) {
+    Value planes = ggml_cont(ctx_, ggml_permute(ctx_, x, 1, 0, 2, 3)); // [T, C, N]
+    return ggml_reshape_4d(ctx_, planes, width, height, planes->ne[1], planes->ne[2]);
+}
+
+Value Graph::timestep_embedding(Value timesteps, int64_t width) {
+    return ggml_timestep_embedding(ctx_, timesteps, static_cast<int>(width), 10000);
+}
+
+} // namespace sd

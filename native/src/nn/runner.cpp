@@ -1,0 +1,190 @@
+#include "nn/runner.h"
+
+#include "core/error.h"
+#include "core/memory.h"
+#include "nn/adapters.h"
+#include "nn/weights.h"
+
+#include <ggml-backend.h>
+#include <ggml-cpp.h>
+#include <ggml.h>
+
+namespace sd {
+
+constexpr size_t base_nodes = 32768; // of a network without adapters, at the most
+
+struct Runner::Plan {
+    std::string network;
+    Graph::Shapes shapes; // of all inputs but the strengths
+    Shape strengths{};
+    uint64_t adapters = 0, epoch = 0;
+    size_t max_nodes = 0;
+    ggml_context_ptr ctx;
+    ggml_cgraph * nodes = nullptr;
+    ggml_backend_sched_ptr sched;
+    Graph::Shapes all_shapes; // the graph refers to them
+    std::unique_ptr<Graph> graph;
+};
+
+static void write(Value value, const Tensor & tensor) {
+    if (value->type == GGML_TYPE_I32) {
+        const std::vector<int32_t> whole(tensor.data.begin(), tensor.data.end());
+        ggml_backend_tensor_set(value, whole.data(), 0, ggml_nbytes(value));
+    } else {
+        ggml_backend_tensor_set(value, tensor.data.data(), 0, ggml_nbytes(value));
+    }
+}
+
+Runner::Runner(Device & device, const WeightStore & weights) : device_(device), weights_(weights) {}
+Runner::~Runner() = default;
+
+void Runner::adapt(const Adapters * adapters, Tensor strengths) {
+    adapters_ = adapters && !adapters->by_weight.empty() ? adapters : nullptr;
+    strengths_ = std::move(strengths);
+}
+
+Runner::Plan & Runner::plan(const std::string & network, const Inputs & inputs,
+                            const std::function<void(Graph &)> & build) {
+    Graph::Shapes shapes;
+    for (const auto & [name, tensor] : inputs) {
+        shapes[name] = tensor->ne;
+    }
+    const uint64_t adapters = adapters_ ? adapters_->id : 0;
+    const Shape strengths = adapters_ ? strengths_.ne : Shape{};
+    const size_t max_nodes = base_nodes + (adapters_ ? adapters_->max_nodes() : 0);
+    for (auto at = plans_.begin(); at != plans_.end(); ++at) {
+        Plan & kept = **at;
+        if (kept.network != network) {
+            continue;
+        }
+        if (kept.shapes != shapes || kept.max_nodes < max_nodes) {
+            plans_.erase(at);
+            break;
+        }
+        if (kept.adapters == adapters && kept.strengths == strengths && kept.epoch == weights_.epoch()) {
+            return kept;
+        }
+        // The same network with other adapters: nearly the same graph, in the buffers that are there.
+        std::unique_ptr<Plan> plan = std::move(*at);
+        plans_.erase(at);
+        plan->adapters = adapters;
+        plan->strengths = strengths;
+        build_into(*plan, build);
+        plans_.push_back(std::move(plan));
+        return *plans_.back();
+    }
+
+    auto plan = std::make_unique<Plan>();
+    plan->network = network;
+    plan->shapes = std::move(shapes);
+    plan->adapters = adapters;
+    plan->strengths = strengths;
+    plan->max_nodes = max_nodes;
+    plan->ctx.reset(ggml_init(
+        {ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false), nullptr, true}));
+    if (!plan->ctx) {
+        fail(Status::out_of_memory, "memory for the graph of '%s' could not be had", network.c_str());
+    }
+    auto backends = device_.backends();
+    plan->sched.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
+                                             max_nodes, false, true));
+    check_memory(*plan, build);
+    build_into(*plan, build);
+    plans_.push_back(std::move(plan));
+    return *plans_.back();
+}
+
+void Runner::append_nodes(Plan & plan, const std::function<void(Graph &)> & build) {
+    plan.all_shapes = plan.shapes;
+    if (adapters_) {
+        plan.all_shapes["strengths"] = plan.strengths;
+    }
+    ggml_reset(plan.ctx.get());
+    plan.nodes = ggml_new_graph_custom(plan.ctx.get(), plan.max_nodes, false);
+    plan.graph = std::make_unique<Graph>(plan.ctx.get(), plan.nodes, device_, plan.all_shapes, adapters_);
+    build(*plan.graph);
+}
+
+// Linux promises more memory than there is, and ends the process that touches it.
+void Runner::check_memory(Plan & plan, const std::function<void(Graph &)> & build) {
+    if (!plan.sched) {
+        return;
+    }
+    append_nodes(plan, build);
+    std::vector<size_t> bytes(device_.backends().size());
+    ggml_backend_sched_reserve_size(plan.sched.get(), plan.nodes, bytes.data());
+    const size_t needed = bytes.back(), available = available_memory(); // the CPU comes last
+    if (needed > available) {
+        fail(Status::out_of_memory,
+             "the activations of '%s' need %zu MB, and %zu MB are free; try a smaller picture or batch, or "
+             "vae_tile",
+             plan.network.c_str(), needed >> 20, available >> 20);
+    }
+}
+
+void Runner::build_into(Plan & plan, const std::function<void(Graph &)> & build) {
+    plan.epoch = weights_.epoch();
+
+    // Reserving first: the scheduler would take a graph of as many nodes of the same sizes for the former
+    // one. It uses a graph up, for it puts copies between devices in the place of its nodes' sources.
+    ggml_backend_sched * sched = plan.sched.get();
+    append_nodes(plan, build);
+    bool allocated = sched && ggml_backend_sched_reserve(sched, plan.nodes);
+    append_nodes(plan, build);
+    allocated = allocated && ggml_backend_sched_alloc_graph(sched, plan.nodes);
+    if (!allocated) {
+        fail(Status::out_of_memory,
+             "memory for the activations of '%s' could not be had on %s; try a smaller picture or batch",
+             plan.network.c_str(), device_.name().c_str());
+    }
+}
+
+std::map<std::string, Tensor> Runner::run(const std::string & network, const Inputs & inputs,
+                                          const std::function<void(Graph &)> & build) {
+    Plan & at = plan(network, inputs, build);
+    for (const auto & [name, value] : at.graph->inputs()) {
+        const auto given = inputs.find(name);
+        write(value, given == inputs.end() ? strengths_ : *given->second);
+    }
+    for (const auto & constant : at.graph->constants()) {
+        write(constant.value, constant.values); // a run may reuse their memory
+    }
+
+    if (!device_.keep_going()) { // a device other than the CPU does not ask while it computes
+        fail(Status::cancelled, "stopped before '%s' ran", network.c_str());
+    }
+    switch (ggml_backend_sched_graph_compute(at.sched.get(), at.nodes)) {
+    case GGML_STATUS_SUCCESS:
+        break;
+    case GGML_STATUS_ABORTED:
+        fail(Status::cancelled, "stopped while '%s' was running", network.c_str());
+    case GGML_STATUS_ALLOC_FAILED:
+        fail(Status::out_of_memory, "memory to run '%s' could not be had; try a smaller picture or batch",
+             network.c_str());
+    default:
+        fail(Status::internal, "ggml could not run '%s' on %s", network.c_str(), device_.name().c_str());
+    }
+
+    std::map<std::string, Tensor> outputs;
+    for (const auto & [name, value] : at.graph->outputs()) {
+        Tensor & out = outputs.emplace(name, Tensor(Graph::shape(value))).first->second;
+        ggml_backend_tensor_get(value, out.data.data(), 0, ggml_nbytes(value));
+    }
+    return outputs;
+}
+
+void Runner::keep_only(const std::string & network) {
+    plans_.remove_if([&](const auto & plan) { return plan->network != network; });
+}
+
+size_t Runner::buffer_bytes() const {
+    size_t bytes = 0;
+    for (const auto & plan : plans_) {
+        for (ggml_backend * backend : device_.backends()) {
+            bytes += ggml_backend_sched_get_buffer_size(plan->sched.get(), backend);
+        }
+    }
+    return bytes;
+}
+
+} // namespace sd

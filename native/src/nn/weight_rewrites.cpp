@@ -1,0 +1,196 @@
+// Weights that adapters change: a private tensor in the place of the file's mapping, written as floats and
+// given back without a trace. The mapped file is the base; nothing of it is ever written.
+#include "core/error.h"
+#include "core/half.h"
+#include "nn/device.h"
+#include "nn/weights.h"
+
+#include <ggml-backend.h>
+#include <ggml-cpp.h>
+#include <ggml.h>
+
+#include <limits>
+#include <mutex>
+#include <unordered_map>
+#include <unordered_set>
+
+namespace sd {
+
+struct WeightStore::Rewrites {
+    struct Private {
+        ggml_context_ptr ctx;
+        ggml_backend_buffer_ptr buffer;
+        ggml_tensor * tensor;
+        ggml_tensor * loaded; // what load() made resident
+    };
+    std::unordered_map<const Weight *, Private> privates;
+    std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
+    std::unordered_map<const Weight *, std::vector<uint8_t>> kept;
+    std::mutex device; // one transfer at a time
+};
+
+namespace {
+
+// Any type's elements as floats, whole blocks of them.
+void to_floats(DType type, const uint8_t * bytes, int64_t first, int64_t n, float * to) {
+    const DTypeInfo & info = *dtype_info(static_cast<int32_t>(type));
+    bytes += static_cast<size_t>(first / info.block) * info.block_bytes;
+    if (info.block > 1) {
+        const auto to_float = ggml_get_type_traits(static_cast<ggml_type>(type))->to_float;
+        if (!to_float) {
+            fail(Status::unsupported,
+                 "a weight of type %s cannot be turned into floats, so no LoRA can change it", info.name);
+        }
+        to_float(bytes, to, n);
+    } else {
+        to_f32(type, bytes, to, static_cast<size_t>(n));
+    }
+}
+
+void from_floats(ggml_type type, const float * from, int64_t n, int64_t row, void * to) {
+    if (ggml_is_quantized(type)) {
+        ggml_quantize_chunk(type, from, to, 0, n / row, row, nullptr);
+    } else {
+        from_f32(static_cast<DType>(type), from, to, static_cast<size_t>(n));
+    }
+}
+
+size_t bytes_of(ggml_type type, int64_t elements) {
+    return static_cast<size_t>(elements / ggml_blck_size(type)) * ggml_type_size(type);
+}
+
+} // namespace
+
+void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
+    const uint8_t * bytes = weight.stored->data();
+    if (rewrites_) {
+        const auto kept = rewrites_->kept.find(&weight);
+        bytes = kept == rewrites_->kept.end() ? bytes : kept->second.data();
+    }
+    to_floats(weight.stored->type, bytes, first, n, to);
+}
+
+void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
+    const ggml_tensor & tensor = *weight.tensor;
+    const auto type = static_cast<DType>(tensor.type);
+    if (ggml_backend_buffer_is_host(tensor.buffer)) {
+        to_floats(type, static_cast<const uint8_t *>(tensor.data), first, n, to);
+        return;
+    }
+    std::vector<uint8_t> bytes(bytes_of(tensor.type, n));
+    {
+        static std::mutex unwritten; // before the first weight is made writable
+        const std::lock_guard<std::mutex> lock(rewrites_ ? rewrites_->device : unwritten);
+        ggml_backend_tensor_get(&tensor, bytes.data(), bytes_of(tensor.type, first), bytes.size());
+    }
+    to_floats(type, bytes.data(), 0, n, to);
+}
+
+int32_t WeightStore::writable_type(const Weight & weight, bool requantise) const {
+    const bool own = rewrites_ && rewrites_->privates.count(&weight) > 0;
+    const ggml_type loaded = (own ? rewrites_->privates.at(&weight).loaded : weight.tensor)->type;
+    const bool again = requantise && !ggml_quantize_requires_imatrix(loaded);
+    return ggml_is_quantized(loaded) && !again ? GGML_TYPE_F16 : loaded;
+}
+
+float WeightStore::largest_value(const Weight & weight, bool requantise) const {
+    const int32_t type = writable_type(weight, requantise);
+    return type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? std::numeric_limits<float>::max() : 65504.0f;
+}
+
+void WeightStore::round(const Weight & weight, bool requantise, std::vector<float> & rows) const {
+    const auto type = static_cast<ggml_type>(writable_type(weight, requantise));
+    const auto n = static_cast<int64_t>(rows.size());
+    std::vector<uint8_t> bytes(bytes_of(type, n));
+    from_floats(type, rows.data(), n, weight.ne[0], bytes.data());
+    to_floats(static_cast<DType>(type), bytes.data(), 0, n, rows.data());
+}
+
+void WeightStore::make_writable(const Weight & weight, bool requantise) {
+    make_private(weight, writable_type(weight, requantise));
+}
+
+// Of this type, and not the file's mapping.
+void WeightStore::make_private(const Weight & weight, int32_t type) {
+    if (!rewrites_) {
+        rewrites_ = std::make_shared<Rewrites>();
+    }
+    const bool mapped = weight.tensor->data == weight.stored->data();
+    const bool own = rewrites_->privates.count(&weight) > 0;
+    if (weight.tensor->type == type && !mapped) {
+        if (!own) {
+            rewrites_->overwritten.insert(&weight);
+        }
+        return;
+    }
+    Rewrites::Private made{};
+    made.loaded = own ? rewrites_->privates.at(&weight).loaded : weight.tensor;
+    made.ctx.reset(ggml_init({ggml_tensor_overhead(), nullptr, true}));
+    made.tensor = made.ctx ? ggml_new_tensor_4d(made.ctx.get(), static_cast<ggml_type>(type), weight.ne[0],
+                                                weight.ne[1], weight.ne[2], weight.ne[3])
+                           : nullptr;
+    if (made.tensor) {
+        made.buffer.reset(ggml_backend_alloc_ctx_tensors(made.ctx.get(), device_->backends()[0]));
+    }
+    if (!made.buffer) {
+        fail(Status::out_of_memory, "%lld MB for '%s' with its LoRAs could not be had on %s",
+             static_cast<long long>(count(weight.ne) * 4 >> 20), weight.name.c_str(),
+             device_->name().c_str());
+    }
+    ggml_backend_buffer_set_usage(made.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    const_cast<Weight &>(weight).tensor =
+        made.tensor; // only this store hands out weights, and never as constants
+    rewrites_->privates[&weight] = std::move(made);
+    ++epoch_;
+}
+
+void WeightStore::write(const Weight & weight, int64_t first, int64_t n, const float * from) {
+    ggml_tensor & tensor = *weight.tensor;
+    const size_t at = bytes_of(tensor.type, first);
+    if (ggml_backend_buffer_is_host(tensor.buffer)) {
+        from_floats(tensor.type, from, n, tensor.ne[0], static_cast<uint8_t *>(tensor.data) + at);
+        return;
+    }
+    std::vector<uint8_t> bytes(bytes_of(tensor.type, n));
+    from_floats(tensor.type, from, n, tensor.ne[0], bytes.data());
+    const std::lock_guard<std::mutex> lock(rewrites_->device);
+    ggml_backend_tensor_set(&tensor, bytes.data(), at, bytes.size());
+}
+
+void WeightStore::restore(const Weight & weight) {
+    if (!rewrites_) {
+        return;
+    }
+    const auto own = rewrites_->privates.find(&weight);
+    const auto kept = rewrites_->kept.find(&weight);
+    if (kept != rewrites_->kept.end()) { // the mapping is not to be trusted: the copy's bytes stay resident
+        const ggml_type loaded =
+            own == rewrites_->privates.end() ? weight.tensor->type : own->second.loaded->type;
+        make_private(weight, loaded);
+        if (static_cast<DType>(loaded) == weight.stored->type) {
+            ggml_backend_tensor_set(weight.tensor, kept->second.data(), 0, kept->second.size());
+        } else {
+            std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
+            read_base(weight, 0, count(weight.ne), floats.data());
+            write(weight, 0, count(weight.ne), floats.data());
+        }
+    } else if (own != rewrites_->privates.end()) {
+        const_cast<Weight &>(weight).tensor = own->second.loaded;
+        rewrites_->privates.erase(own);
+        ++epoch_;
+    } else if (rewrites_->overwritten.erase(&weight) > 0) {
+        convert(weight);
+    }
+}
+
+void WeightStore::keep_base(const Weight & weight) {
+    if (!rewrites_) {
+        rewrites_ = std::make_shared<Rewrites>();
+    }
+    auto [kept, is_new] = rewrites_->kept.try_emplace(&weight);
+    if (is_new) {
+        kept->second.assign(weight.stored->data(), weight.stored->data() + weight.stored->bytes);
+    }
+}
+
+} // namespace sd

@@ -1,0 +1,298 @@
+#include "nn/weights.h"
+
+#include "core/error.h"
+#include "core/half.h"
+#include "core/hash.h"
+#include "nn/dequantise.h"
+#include "nn/device.h"
+
+#include <ggml-backend.h>
+#include <ggml-cpp.h>
+#include <ggml.h>
+
+#include <algorithm>
+#include <map>
+#include <unordered_set>
+
+namespace sd {
+
+static_assert(static_cast<int>(DType::f32) == GGML_TYPE_F32 && static_cast<int>(DType::f16) == GGML_TYPE_F16 &&
+                  static_cast<int>(DType::q8_0) == GGML_TYPE_Q8_0 &&
+                  static_cast<int>(DType::q6_k) == GGML_TYPE_Q6_K &&
+                  static_cast<int>(DType::iq4_xs) == GGML_TYPE_IQ4_XS &&
+                  static_cast<int>(DType::bf16) == GGML_TYPE_BF16 &&
+                  static_cast<int>(DType::q2_0) == GGML_TYPE_Q2_0,
+              "DType carries ggml's own numbers");
+
+namespace {
+
+std::string shape_text(const Shape & ne) {
+    int dims = 4;
+    while (dims > 1 && ne[dims - 1] == 1) {
+        --dims;
+    }
+    std::string out;
+    for (int i = dims - 1; i >= 0; --i) { // as numpy and safetensors print it: the slowest first
+        out += text("%s%lld", out.empty() ? "" : "x", static_cast<long long>(ne[i]));
+    }
+    return out;
+}
+
+// A 1x1 convolution's kernel [1, 1, in, out] is the matrix [in, out]: the same elements in the same order.
+Shape squeezed(const Shape & ne) {
+    Shape out{1, 1, 1, 1};
+    int   at = 0;
+    for (const int64_t n : ne) {
+        if (n != 1) {
+            out[at++] = n;
+        }
+    }
+    return out;
+}
+
+// The type in which a weight is resident. ggml's operators want vectors (norms, biases) in f32, and its
+// im2col knows convolution kernels in f16 and f32 only.
+ggml_type resident_type(const Weight & weight) {
+    const DType type = weight.stored->type;
+    const bool  vector = weight.ne[1] * weight.ne[2] * weight.ne[3] == 1;
+    const bool  kernel = weight.ne[2] * weight.ne[3] > 1;
+    if (type == DType::f8_e4m3 || type == DType::f8_e5m2) {
+        return vector ? GGML_TYPE_F32 : GGML_TYPE_F16; // every 8-bit float is exact in f16
+    }
+    if (type == DType::f64 || vector || (kernel && type != DType::f16)) {
+        return GGML_TYPE_F32;
+    }
+    return static_cast<ggml_type>(type);
+}
+
+bool is_weight_type(DType type) {
+    switch (type) {
+        case DType::i8: case DType::i16: case DType::i32: case DType::i64: case DType::boolean:
+        case DType::u8: case DType::u16: case DType::u32: case DType::u64:
+        case DType::q8_1: case DType::q8_k: // ggml's types of activations
+            return false;
+        default:
+            return true;
+    }
+}
+
+} // namespace
+
+const char * resident_type_name(const Weight & weight) { return ggml_type_name(weight.tensor->type); }
+
+struct WeightStore::Resident {
+    ggml_context_ptr                     tensors;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+};
+
+WeightStore::WeightStore(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
+WeightStore::~WeightStore() = default;
+
+// ---- Scope ---------------------------------------------------------------------------------------------
+
+static std::string join(const std::string & path, const std::string & leaf) {
+    return path.empty() || leaf.empty() ? path + leaf : path + "." + leaf;
+}
+
+Scope Scope::at(const std::string & name, const std::string & diffusers) const {
+    return {store_, join(name_, name), join(diffusers_, diffusers)};
+}
+
+const StoredTensor * Scope::find(const char * leaf) const {
+    for (const std::string * path : {&name_, &diffusers_}) {
+        if (!path->empty()) {
+            if (const StoredTensor * stored = store_->checkpoint().find(join(*path, leaf))) {
+                return stored;
+            }
+        }
+    }
+    return nullptr;
+}
+
+const Weight * Scope::required(const char * leaf, const Shape & ne) const {
+    return store_->declare({join(name_, leaf), join(diffusers_, leaf), ne}, find(leaf), true);
+}
+
+const Weight * Scope::table(const char * leaf, int64_t width, int64_t rows) const {
+    Weight weight{join(name_, leaf), join(diffusers_, leaf), {width, rows, 1, 1}};
+    weight.table = true;
+    return store_->declare(weight, find(leaf), true);
+}
+
+const Weight * Scope::optional(const char * leaf, const Shape & ne) const {
+    return store_->declare({join(name_, leaf), join(diffusers_, leaf), ne}, find(leaf), false);
+}
+
+// ---- WeightStore ---------------------------------------------------------------------------------------
+
+const Weight * WeightStore::declare(const Weight & declared, const StoredTensor * stored, bool required) {
+    if (!stored && !required) {
+        return nullptr;
+    }
+    weights_.push_back(declared);
+    Weight & weight = weights_.back();
+    if (!stored) {
+        missing_.push_back(weight.name);
+    } else if (stored->dims > 4 || squeezed(stored->ne) != squeezed(weight.ne)) {
+        misshapen_.push_back(text("%s is %s here, %s in this architecture", stored->name.c_str(),
+                                  shape_text(stored->ne).c_str(), shape_text(weight.ne).c_str()));
+    } else if (!is_weight_type(stored->type)) {
+        misshapen_.push_back(text("%s is of type %s, which holds no weights", stored->name.c_str(),
+                                  dtype_name(stored->type)));
+    } else {
+        weight.stored = stored;
+    }
+    return &weight;
+}
+
+void WeightStore::check() const {
+    if (missing_.empty() && misshapen_.empty()) {
+        return;
+    }
+    std::string message = checkpoint_.path() + ":";
+    if (!missing_.empty()) {
+        message += text(" %zu of %zu weights are missing, first %s", missing_.size(), weights_.size(),
+                        missing_.front().c_str());
+    }
+    if (!misshapen_.empty()) {
+        message += text("%s %zu of %zu weights do not fit, first %s", missing_.empty() ? "" : ";",
+                        misshapen_.size(), weights_.size(), misshapen_.front().c_str());
+    }
+    fail(Status::bad_file, "%s; is this file complete, and of this family?", message.c_str());
+}
+
+void WeightStore::check_all_used(const std::vector<std::string> & paths) const {
+    std::unordered_set<const StoredTensor *> used;
+    for (const Weight & weight : weights_) {
+        used.insert(weight.stored);
+    }
+    std::vector<std::string> unknown;
+    for (const StoredTensor & stored : checkpoint_.tensors()) {
+        const bool below = std::any_of(paths.begin(), paths.end(), [&](const std::string & path) {
+            return stored.name.compare(0, path.size() + 1, path + ".") == 0;
+        });
+        if (below && used.count(&stored) == 0) {
+            unknown.push_back(stored.name);
+        }
+    }
+    if (!unknown.empty()) {
+        fail(Status::unsupported, "%s: %zu tensors belong to no layer of this architecture, first %s",
+             checkpoint_.path().c_str(), unknown.size(), unknown.front().c_str());
+    }
+}
+
+void WeightStore::load(const Device & device) {
+    const size_t meta = ggml_tensor_overhead() * (weights_.size() + 1);
+    device_ = &device;
+    resident_ = std::make_unique<Resident>();
+    resident_->tensors.reset(ggml_init({meta, nullptr, true}));
+    if (!resident_->tensors) {
+        fail(Status::out_of_memory, "%zu bytes for the table of weights could not be had", meta);
+    }
+
+    // Mapped files whose bytes can serve as they lie become ggml buffers of their own.
+    std::map<const MappedFile *, ggml_backend_buffer_t> mapped;
+    std::vector<Weight *>                               copied;
+    const ggml_backend_buffer_type_t type = ggml_backend_get_default_buffer_type(device.backends()[0]);
+    const size_t                     alignment = ggml_backend_buft_get_alignment(type);
+    const size_t                     largest = ggml_backend_buft_get_max_size(type);
+    for (Weight & weight : weights_) {
+        const ggml_type kind = resident_type(weight);
+        weight.tensor = ggml_new_tensor_4d(resident_->tensors.get(), kind, weight.ne[0], weight.ne[1],
+                                           weight.ne[2], weight.ne[3]);
+        const bool as_it_lies = device.reads_host_memory() && kind == static_cast<ggml_type>(weight.stored->type) &&
+                                weight.stored->offset % (kind == GGML_TYPE_F32 ? 4 : 2) == 0;
+        if (!as_it_lies) {
+            copied.push_back(&weight);
+            continue;
+        }
+        const MappedFile * file = weight.stored->file;
+        auto &             buffer = mapped[file];
+        if (!buffer) {
+            buffer = ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t *>(file->data()), file->size());
+            ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            resident_->buffers.emplace_back(buffer);
+        }
+        ggml_backend_tensor_alloc(buffer, weight.tensor, const_cast<uint8_t *>(weight.stored->data()));
+    }
+
+    // The others are copied or converted into buffers no larger than the device can give at once.
+    for (size_t first = 0; first < copied.size();) {
+        size_t bytes = 0, next = first;
+        for (; next < copied.size(); ++next) {
+            const size_t size = ggml_backend_buft_get_alloc_size(type, copied[next]->tensor);
+            const size_t padded = (size + alignment - 1) / alignment * alignment;
+            if (next > first && bytes + padded > largest) {
+                break;
+            }
+            bytes += padded;
+        }
+        ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, bytes);
+        if (!buffer) {
+            fail(Status::out_of_memory, "%s: %zu MB for weights could not be had on %s; try a quantised model",
+                 checkpoint_.path().c_str(), bytes >> 20, device.name().c_str());
+        }
+        resident_->buffers.emplace_back(buffer);
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        auto * at = static_cast<uint8_t *>(ggml_backend_buffer_get_base(buffer));
+        for (; first < next; ++first) {
+            const size_t size = ggml_backend_buft_get_alloc_size(type, copied[first]->tensor);
+            ggml_backend_tensor_alloc(buffer, copied[first]->tensor, at);
+            at += (size + alignment - 1) / alignment * alignment;
+            convert(*copied[first]);
+        }
+    }
+}
+
+void WeightStore::convert(const Weight & weight) const {
+    ggml_tensor *        tensor = weight.tensor;
+    const StoredTensor & stored = *weight.stored;
+    if (tensor->type == static_cast<ggml_type>(stored.type)) {
+        ggml_backend_tensor_set(tensor, stored.data(), 0, stored.bytes);
+        return;
+    }
+    std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
+    dequantise(stored, floats.data());
+    if (tensor->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_set(tensor, floats.data(), 0, ggml_nbytes(tensor));
+        return;
+    }
+    std::vector<uint8_t> bytes(ggml_nbytes(tensor));
+    from_f32(static_cast<DType>(tensor->type), floats.data(), bytes.data(), floats.size());
+    ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
+}
+
+size_t WeightStore::resident_bytes() const {
+    size_t bytes = 0;
+    for (const Weight & weight : weights_) {
+        bytes += ggml_nbytes(weight.tensor);
+    }
+    return bytes;
+}
+
+std::string WeightStore::fingerprint() const {
+    std::vector<const Weight *> sorted;
+    for (const Weight & weight : weights_) {
+        sorted.push_back(&weight);
+    }
+    std::sort(sorted.begin(), sorted.end(), [](const Weight * a, const Weight * b) { return a->name < b->name; });
+    Checksum             sum;
+    std::vector<uint8_t> copy;
+    for (const Weight * weight : sorted) {
+        const int32_t type = weight->tensor->type;
+        sum.add(weight->name.data(), weight->name.size());
+        sum.add(&type, sizeof type);
+        sum.add(weight->ne.data(), sizeof weight->ne);
+        const size_t bytes = ggml_nbytes(weight->tensor);
+        if (ggml_backend_buffer_is_host(weight->tensor->buffer)) {
+            sum.add(weight->tensor->data, bytes);
+        } else {
+            copy.resize(bytes);
+            ggml_backend_tensor_get(weight->tensor, copy.data(), 0, bytes);
+            sum.add(copy.data(), bytes);
+        }
+    }
+    return sum.hex();
+}
+
+} // namespace sd

@@ -1,0 +1,148 @@
+// Declaring weights, and keeping them resident. A layer's line names its place once, in the spellings of
+// single files and of diffusers folders; loading, checking, errors, the inventory and the table by which
+// adapters find their weight all come from that line.
+#pragma once
+
+#include "checkpoint/checkpoint.h"
+#include "core/tensor.h"
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct ggml_context;
+struct ggml_tensor;
+
+namespace sd {
+
+class Device;
+
+// Rows of a fused weight that are a weight of their own in diffusers' layout.
+struct WeightPart {
+    std::string diffusers; // "transformer.transformer_blocks.0.attn.to_q.weight"
+    int64_t     first_row, rows;
+    bool        swap_halves = false; // diffusers has the two halves of the rows the other way round
+};
+
+// One declared weight. Its address is its identity for as long as the store lives.
+struct Weight {
+    std::string         name;      // "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    std::string         diffusers; // "unet.down_blocks.0.resnets.0.conv1.weight"
+    Shape               ne;        // as declared, ggml's order
+    const StoredTensor * stored = nullptr; // null: optional and absent
+    ggml_tensor *       tensor = nullptr;  // resident, after WeightStore::load
+    std::vector<WeightPart> parts = {};    // where it is fused; `diffusers` is empty then
+    bool                table = false;     // of embeddings: its rows are looked up, not multiplied
+};
+
+// How a loaded weight lies in memory: "f16", "q8_0", ...
+const char * resident_type_name(const Weight & weight);
+
+class WeightStore;
+
+// A place in a network, spelled in every naming convention at once.
+class Scope {
+  public:
+    Scope(WeightStore * store, std::string name, std::string diffusers)
+        : store_(store), name_(std::move(name)), diffusers_(std::move(diffusers)) {}
+
+    Scope at(const std::string & name) const { return at(name, name); }
+    Scope at(const std::string & name, const std::string & diffusers) const;
+
+    // Declares one weight. A missing or misshapen one is remembered, so that WeightStore::check() can report
+    // all of them together. Never null.
+    const Weight * required(const char * leaf, const Shape & ne) const;
+    // The same, but null where the files have none.
+    const Weight * optional(const char * leaf, const Shape & ne) const;
+    // A table of embeddings.
+    const Weight * table(const char * leaf, int64_t width, int64_t rows) const;
+
+    // Looks without declaring: the stored shape, or null.
+    const StoredTensor * find(const char * leaf = "weight") const;
+    bool                 has(const char * leaf = "weight") const { return find(leaf) != nullptr; }
+
+    const std::string & name() const { return name_; }
+    const std::string & diffusers() const { return diffusers_; }
+
+  private:
+    WeightStore * store_;
+    std::string   name_, diffusers_;
+};
+
+class WeightStore {
+  public:
+    explicit WeightStore(Checkpoint checkpoint);
+    ~WeightStore();
+    WeightStore(const WeightStore &) = delete;
+    WeightStore & operator=(const WeightStore &) = delete;
+
+    const Checkpoint & checkpoint() const { return checkpoint_; }
+
+    Scope root(const std::string & name, const std::string & diffusers) { return {this, name, diffusers}; }
+
+    // Throws one Error that tells of every missing and misshapen weight.
+    void check() const;
+
+    // Throws where a file holds a tensor below one of these paths that no layer declared: the network is of
+    // another architecture then, and would paint something else.
+    void check_all_used(const std::vector<std::string> & paths) const;
+
+    // Makes all declared weights resident on the device: where it reads host memory and the type needs no
+    // conversion, the mapping of the file is the resident form.
+    void load(const Device & device);
+
+    const std::deque<Weight> & weights() const { return weights_; }
+    size_t                     resident_bytes() const;
+
+    // A hash of the names, types, shapes and resident bytes of all weights: 64 hexadecimal digits.
+    std::string fingerprint() const;
+
+    // ---- rewriting weights, see weight_rewrites.cpp. Elements are counted in the order of memory; ranges begin
+    // and end with a row. Reading and writing may go on in several threads, on ranges that do not overlap.
+
+    // Elements [first, first + n) as the files have them, or as they are resident now.
+    void read_base(const Weight & weight, int64_t first, int64_t n, float * to) const;
+    void read(const Weight & weight, int64_t first, int64_t n, float * to) const;
+
+    // Makes the weight one that may be written, of the type it was loaded in; a quantised one of f16, unless
+    // `requantise` asks for its own type again. Where that takes another tensor its contents are undefined until
+    // they are written.
+    void make_writable(const Weight & weight, bool requantise = false);
+    void write(const Weight & weight, int64_t first, int64_t n, const float * from);
+
+    // Of the type that make_writable() makes: the largest number that it holds, and whole rows as it would hold them.
+    float largest_value(const Weight & weight, bool requantise) const;
+    void  round(const Weight & weight, bool requantise, std::vector<float> & rows) const;
+
+    // Back to what load() made resident, bit for bit, from the files or from the copy that was kept.
+    void restore(const Weight & weight);
+
+    // Keeps a copy of the weight's bytes in RAM, for files that may vanish.
+    void keep_base(const Weight & weight);
+
+    // Another number whenever the tensor of some weight is another one, so that graphs are out of date.
+    uint64_t epoch() const { return epoch_; }
+
+  private:
+    friend class Scope;
+    const Weight * declare(const Weight & weight, const StoredTensor * stored, bool required);
+    void           convert(const Weight & weight) const;
+    int32_t        writable_type(const Weight & weight, bool requantise) const; // ggml's number
+    void           make_private(const Weight & weight, int32_t ggml_type);
+
+    Checkpoint               checkpoint_;
+    std::deque<Weight>       weights_; // never moves an element
+    std::vector<std::string> missing_, misshapen_;
+
+    const Device *           device_ = nullptr; // after load()
+    uint64_t                 epoch_ = 0;
+
+    struct Resident;
+    std::unique_ptr<Resident> resident_;
+    struct Rewrites;
+    std::shared_ptr<Rewrites> rewrites_; // known to weight_rewrites.cpp alone
+};
+
+} // namespace sd
