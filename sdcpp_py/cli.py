@@ -1,0 +1,319 @@
+"""The command line: sdcpp generate, info, doctor.
+
+An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
+"""
+
+import contextlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import __version__, _native, doctor, files
+from .context import SDContext
+from .errors import BadArgument, BadFile, Io, SdcppError, Unsupported
+from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
+
+app = typer.Typer(
+    help="Paint with Stable Diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+lora_app = typer.Typer(no_args_is_help=True)
+app.add_typer(lora_app, name="lora", help="Look into LoRA files.")
+console = Console(stderr=True)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Paint with Stable Diffusion models."""
+
+
+# ---- generate ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help='What to paint: "a red heart"; (red:1.3) weighs words.', show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="File to write; more pictures get -2, -3, …. [default: sdcpp-SEED.png]"),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: the one that ships]"),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How often the denoiser runs. [default: 20]")] = None,
+    cfg_scale: Annotated[
+        float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: 7]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise. [default: a new one]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(_native.samplers())}.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"One of: {', '.join(_native.schedulers())}.")] = None,
+    batch_size: Annotated[int, typer.Option(help="How many pictures; picture k has seed + k.")] = 1,
+    clip_skip: Annotated[int | None, typer.Option(help="1: the last layer of the text encoder.")] = None,
+    rng: Annotated[str | None, typer.Option(help=f"Whose noise: {', '.join(_native.rngs())}.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of fresh noise. [default: the sampler's own]")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How far to go away from it, 0 to 1. [default: 0.75]")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
+    clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
+    lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
+    lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
+    vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
+    like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar, no file names.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
+) -> None:
+    """Paint a picture, or several."""
+    _log(verbose)
+    with _one_sentence():
+        told = Parameters() if like is None else parse_parameters(read_parameters(like))
+        if prompt is None and like is None:
+            raise typer.BadParameter('give a prompt, such as "a red heart"', param_hint="PROMPT")
+        if told.init_image_hash and init_image is None:
+            raise BadArgument(f"{like}: was painted over another picture; give that with --init-image")
+        if told.mask_hash and mask is None:
+            raise BadArgument(f"{like}: was painted with a mask; give that with --mask")
+        if output is not None:
+            _check_output(output)
+        options = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "steps": steps,
+            "cfg_scale": cfg_scale,
+            "seed": seed,
+            "sampler": sampler,
+            "scheduler": scheduler,
+            "clip_skip": clip_skip,
+            "rng": rng,
+            "eta": eta,
+            "strength": strength,
+            "vae_tile": vae_tile,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        repeated = {name: value for name in options if (value := getattr(told, name)) is not None}
+        if like is not None:
+            repeated.setdefault("rng", "cuda")  # webui does not name its default
+
+        with (
+            _progress(quiet) as on_step,
+            SDContext(
+                model or _known("model", like, told.model, told.model_hash),
+                vae=vae or _known("vae", like, told.vae, told.vae_hash),
+                clip_l=clip_l or _known("clip-l", like, told.clip_l, told.clip_l_hash),
+                backend=backend,
+                threads=threads,
+                prediction=prediction or told.prediction,
+                lora_dir=lora_dir,
+                lora_mode=lora_mode,
+            ) as sd_ctx,
+        ):
+            painted = sd_ctx.generate(
+                **{**repeated, **given},
+                batch_size=batch_size,
+                init_image=init_image,
+                mask=mask,
+                on_step=on_step,
+            )
+        pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
+        _compare(told, pictures[0].parameters)
+        for picture, path in zip(pictures, _names(output, pictures), strict=True):
+            picture.save(path)
+            if not quiet:
+                typer.echo(f"{path} (seed {picture.parameters.seed})")
+
+
+def _known(option: str, like: Path | None, name: str | None, short: str | None) -> Path | None:
+    """The file that `like` was painted with; None: the default."""
+    if like is None or (name is None and short is None):
+        return None
+    if option == "model":
+        with contextlib.suppress(Io):
+            shipped = files.shipped_model()
+            if short == files.model_hash(shipped) if short else name == shipped.stem:
+                return shipped
+    for path in files.models_with_hash(short) if short else ():
+        return path
+    what = f"{name} (hash {short})" if name and short else name or f"hash {short}"
+    raise BadArgument(f"{like}: was painted with another {option}, {what}; give its file with --{option}")
+
+
+def _compare(told: Parameters, used: Parameters) -> None:
+    for field in ("model_hash", "vae_hash", "clip_l_hash", "init_image_hash", "mask_hash", "lora_hashes"):
+        before, now = getattr(told, field), getattr(used, field)
+        if before and before != now:
+            what = field.removesuffix("_hash").removesuffix("_hashes").replace("_", " ")
+            console.print(f"not the same picture: the {what} has hash {now}, and had {before}", highlight=False)
+
+
+def _check_output(path: Path) -> None:
+    """Says before painting what would fail after it."""
+    file_format(path)
+    if not path.parent.is_dir():
+        raise Io(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise Io(f"{path}: is a folder; name a file in it")
+
+
+def _names(output: Path | None, pictures: list[PaintedImage]) -> Iterator[Path]:
+    """heart.png, heart-2.png, …; names of our own choice are free ones."""
+    if output is None:
+        for picture in pictures:
+            first = Path(f"sdcpp-{picture.parameters.seed}.png")
+            yield next(path for path in _numbered(first) if not path.exists())
+    else:
+        yield from itertools.islice(_numbered(output), len(pictures))
+
+
+def _numbered(first: Path) -> Iterator[Path]:
+    yield first
+    for k in itertools.count(2):
+        yield first.with_stem(f"{first.stem}-{k}")
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------
+
+
+@lora_app.command("inspect")
+def inspect_lora(
+    file: Annotated[Path, typer.Argument(help="A LoRA file, or a folder that PEFT saved.", show_default=False)],
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help="Model to fit it to. [default: the one that ships]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
+) -> None:
+    """Show what a LoRA file holds, and what of it fits a model."""
+    _log(verbose=False)
+    with _one_sentence(), SDContext(model) as sd_ctx:
+        report = sd_ctx.inspect_lora(file)
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            Console().print(report.table())
+
+
+# ---- info and doctor -----------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
+) -> None:
+    """Show the parameters of a picture, or what a model file holds."""
+    _log(verbose=False)
+    with _one_sentence():
+        if is_picture(file):
+            typer.echo(read_parameters(file))
+        else:
+            _print_rows([("file", str(file)), *_model_rows(file)])
+
+
+def _model_rows(path: Path) -> Iterator[tuple[str, str]]:
+    tensors = _native.probe_checkpoint(str(path), data=False)
+    types = Counter(type for _, type, _, _ in tensors)
+    parts = Counter(name.partition(".")[0] for name, _, _, _ in tensors)
+    total = sum(size for *_, size in tensors if isinstance(size, int))
+    try:
+        with SDContext(path) as sd_ctx:
+            model = sd_ctx.info
+            yield "family", model.family
+            yield "prediction", model.prediction
+            yield "native size", f"{model.native_size} x {model.native_size}"
+            yield "input channels", str(model.input_channels)
+    except (BadFile, Unsupported) as error:
+        yield "family", f"none ({error})"
+    yield "tensors", f"{len(tensors):,}, {total / 1e6:,.1f} MB"
+    yield "types", ", ".join(f"{name} ({n:,})" for name, n in types.most_common())
+    yield "parts", ", ".join(f"{name} ({n:,})" for name, n in parts.most_common(12))
+    yield "hash", files.model_hash(path) or "none"
+
+
+@app.command(name="doctor")
+def _doctor() -> None:
+    """Show versions, processor, devices, and how to get a faster build."""
+    with _one_sentence():
+        for title, rows in doctor.report():
+            typer.echo(f"{title}")
+            _print_rows(rows)
+        typer.echo("A build of ggml for this very machine is faster than the one that pip installs:")
+        typer.echo(f"  {doctor.faster_build()}")
+
+
+# ---- shared --------------------------------------------------------------------------------------------
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        typer.echo(f"  {name:<{width}}  {value}")
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except SdcppError as error:
+        _fail(str(error), 1)
+    except MemoryError:
+        _fail("there is not enough memory; paint smaller or fewer pictures", 1)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing more is written", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task("opening", total=None)
+
+        def on_step(step: int, steps: int, preview: object) -> None:
+            progress.update(task, description="painting", completed=step, total=steps)
+
+        yield on_step
+
+
+def _log(verbose: bool) -> None:
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", handlers=[handler])

@@ -1,0 +1,506 @@
+"""SDContext: a model in memory. Arguments are checked and completed here; the engine does the rest."""
+
+import difflib
+import hashlib
+import logging
+import operator
+import os
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _native, files
+from .errors import BadArgument, Io
+from .image import PaintedImage, Parameters, format_parameters, open_picture, pixels
+from .lora.library import LoraLibrary
+from .lora.report import LoraReport
+from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
+from .prompt import parse, parse_negative, shown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger("sdcpp_py")
+
+AnyPath = str | os.PathLike[str]
+
+
+class Preview(Protocol):
+    """A look at the picture so far, only while ``on_step`` runs: (height / 8, width / 8, 3) bytes."""
+
+    def __call__(self, image: int = 0) -> NDArray[np.uint8]: ...
+
+
+OnStep = Callable[[int, int, Preview], Any]
+
+MOST: Final = 3e38  # of a number with a fraction
+SEEDS: Final = 1 << 64
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a context holds.
+
+    Attributes:
+        family: Such as "sd1".
+        prediction: What the denoiser predicts: "eps" or "v".
+        backend: The device that it runs on.
+        threads: Of the CPU.
+        size_multiple: Width and height of a picture are multiples of it, in pixels.
+        native_size: The side of the pictures that the model was trained on, in pixels.
+        latent_channels: Of the latent.
+        latent_cell: Side of a latent's cell in pixels.
+        input_channels: Of the denoiser: 4 plain, 9 inpainting, 8 pix2pix.
+        weight_bytes: In memory.
+        n_weights: How many tensors.
+    """
+
+    family: str
+    prediction: str
+    backend: str
+    threads: int
+    size_multiple: int
+    native_size: int
+    latent_channels: int
+    latent_cell: int
+    input_channels: int
+    weight_bytes: int
+    n_weights: int
+
+
+class SDContext:
+    """A model in memory, ready to paint.
+
+    It may be used from several threads: a second call waits until the first is through. Several contexts run
+    side by side.
+
+    Example:
+        >>> with SDContext() as sd_ctx:  # doctest: +SKIP
+        ...     image = sd_ctx.generate("a red heart", seed=7)
+        ...     image.save("heart.png")
+    """
+
+    def __init__(
+        self,
+        model: AnyPath | None = None,
+        *,
+        vae: AnyPath | None = None,
+        clip_l: AnyPath | None = None,
+        backend: str | None = None,
+        threads: int | None = None,
+        prediction: str | None = None,
+        lora_dir: AnyPath | None = None,
+        lora_mode: str = "runtime",
+        base_copy: str = "file",
+        requantise: bool = False,
+        strict_loras: bool = False,
+        lora_cache: int = 0,
+    ) -> None:
+        """Opens a model.
+
+        Args:
+            model: A .safetensors or .gguf file or a diffusers folder; None: the small one that ships.
+            vae: A file with an autoencoder, to use instead of the model's.
+            clip_l: A file with a text encoder, to use instead of the model's.
+            backend: A device's name, see ``sdcpp doctor``; None: the best.
+            threads: Of the CPU; None: one per core.
+            prediction: "eps" or "v"; None: what the file says, else what the family does.
+            lora_dir: Folder of the LoRAs that prompts name; None: no names are known, but for the model that
+                ships, whose LoRAs lie beside it.
+            lora_mode: How LoRAs act. "runtime": weights are never written, any switch is a matter of
+                milliseconds and exact on quantised weights. "restore": touched weights are rebuilt from the base,
+                so that a step costs nothing more. "diff": touched weights get the differences added; rounding
+                accumulates until ``reset_loras()``.
+            base_copy: Where "restore" finds the base: "file", the mapped file, or "ram", a copy of what is touched.
+            requantise: A quantised weight that "restore" touches goes back to its type; else it is held in f16.
+            strict_loras: A LoRA with any key that fits nothing is an error.
+            lora_cache: Bytes of read LoRAs to keep though no prompt names them; 0: 2 GB.
+
+        Raises:
+            BadFile: A file is damaged or no model.
+            Unsupported: A model of a family that this version does not know.
+            BadArgument: No such device, or components that do not fit.
+            Io: A file cannot be read.
+            OutOfMemory: The model does not fit.
+        """
+        self._lock = threading.RLock()
+        self._path = files.shipped_model() if model is None else _path("model", model)
+        self._components = {
+            role: _path(role, path) for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None
+        }
+        self._prediction = prediction
+        if lora_dir is None and model is None:
+            lora_dir = self._path.parent  # the model that ships has LoRAs beside it
+        self._library = LoraLibrary(None if lora_dir is None else _path("lora_dir", lora_dir))
+        self._native = _native.Context(
+            os.fsencode(self._path),
+            components={role: os.fsencode(path) for role, path in self._components.items()},
+            data_dir=os.fsencode(files.data_dir()),
+            backend=None if backend is None else _text("backend", backend),
+            threads=0 if threads is None else _whole("threads", threads, 1),
+            prediction=None if prediction is None else _text("prediction", prediction),
+            lora_mode=_text("lora_mode", lora_mode),
+            base_copy=_text("base_copy", base_copy),
+            requantise=bool(requantise),
+            strict_loras=bool(strict_loras),
+            lora_cache=_whole("lora_cache", lora_cache, 0),
+        )
+
+    @property
+    def info(self) -> ModelInfo:
+        """What this context holds."""
+        return ModelInfo(**self._native.info())
+
+    def fingerprint(self) -> str:
+        """A hash of all weights as they are in memory: 64 hexadecimal digits."""
+        with self._lock:
+            return self._native.fingerprint()
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text has for the model, without begin and end; a chunk holds 75."""
+        with self._lock:
+            return self._native.count_tokens(_text("text", text))
+
+    # ---- LoRA ------------------------------------------------------------------------------------------
+
+    def apply_loras(self, loras: Loras) -> None:
+        """Makes exactly these LoRAs act: adds, changes, and takes away what is not named.
+
+        ``generate`` does the same with what its prompt names; this is for doing it beforehand, or for looking at
+        reports. Where it fails, weights and state are as they were.
+
+        Args:
+            loras: Names in ``lora_dir`` or paths, each with a multiplier: ``{"pencil": 0.8}``, or with options:
+                ``{"pencil": {"te": 0.5, "unet": 1.0, "lbw": "OUTALL"}}``; a list of pairs does as well.
+
+        Raises:
+            BadArgument: An unknown name, or a multiplier that is no finite number.
+            BadFile: A damaged file, or one of which nothing fits this model.
+            Unsupported: A file that is no LoRA.
+        """
+        with self._lock:
+            uses = read_uses(self._library, loras=loras, family=self._native.info()["family"])
+            self._native.apply_loras([use.native() for use in uses])
+
+    def reset_loras(self) -> None:
+        """No LoRA acts, and every weight is the base's, bit for bit."""
+        with self._lock:
+            self._native.reset_loras()
+
+    @property
+    def lora_state(self) -> dict[str, dict[str, Any]]:
+        """What acts on the first picture, by name: "te" and "unet", and "start", "stop" where they say anything."""
+        with self._lock:
+            state = self._native.lora_state()
+        uses = [LoraUse(Path(path), te, unet, start, stop) for path, te, unet, start, stop in state]
+        return multipliers(self._library, uses)
+
+    @property
+    def lora_reports(self) -> list[LoraReport]:
+        """What became of the keys of each file that acts."""
+        with self._lock:
+            return [LoraReport.from_json(text) for text in self._native.lora_reports()]
+
+    def inspect_lora(self, lora: AnyPath) -> LoraReport:
+        """What would become of the keys of a file, or of a LoRA in ``lora_dir``, with this model."""
+        with self._lock:
+            path = self._library.locate(lora)
+            return LoraReport.from_json(self._native.inspect_lora(os.fsencode(path)))
+
+    def close(self) -> None:
+        """Frees the model; waits for a picture in work. Closing twice does nothing."""
+        with self._lock:
+            self._native.close()
+
+    def __enter__(self) -> "SDContext":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SDContext({str(self._path)!r}{', closed' if self._native.closed else ''})"
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        negative_prompt: str = "",
+        *,
+        prompts: Sequence[str] | None = None,
+        loras: Loras = (),
+        width: int | None = None,
+        height: int | None = None,
+        steps: int = 20,
+        cfg_scale: float = 7.0,
+        seed: int | None = None,
+        sampler: str | None = None,
+        scheduler: str | None = None,
+        batch_size: int = 1,
+        clip_skip: int | None = None,
+        rng: str = "cpu",
+        eta: float | None = None,
+        init_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        strength: float = 0.75,
+        mask: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        vae_tile: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Any:
+        """Paints a picture, or several at once.
+
+        What is None follows the model's family; ``info["parameters"]`` of a picture tells what was used.
+
+        Args:
+            prompt: May weight words, ``(red:1.3)``, begin a new chunk, ``BREAK``, and name LoRAs of ``lora_dir``,
+                ``<lora:pencil:0.8>``; see prompt.py. A LoRA that it no longer names acts no longer.
+            negative_prompt: What to keep away from; LoRA tags in it are left out with a warning.
+            prompts: Instead of prompt and batch_size: one for each picture of a batch, each with its own LoRAs.
+            loras: More LoRAs, for all pictures, on top of those in the prompts; see ``apply_loras``. The same one
+                twice acts with the sum.
+            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else the model's own.
+            height: Likewise.
+            steps: How often the denoiser runs, at least 1.
+            cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
+            seed: Of the noise, from 0 to 2**64 - 1; None or -1: a new one.
+            sampler: See ``sdcpp_py.samplers()``.
+            scheduler: See ``sdcpp_py.schedulers()``.
+            batch_size: How many pictures; picture k is the one of seed + k.
+            clip_skip: 1: the last layer of the text encoder, 2: the one before, ….
+            rng: Whose noise: "cpu" as torch on a CPU, "cuda" as torch on CUDA.
+            eta: Share of fresh noise, for the samplers that add some; None: their own.
+            init_image: A picture to start from: a path, a Pillow picture, or bytes (height, width, 3). It is
+                scaled to width and height.
+            strength: How far to go away from init_image, from 0 to 1.
+            mask: Where to repaint init_image: white. Likewise; bytes are (height, width).
+            vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
+            on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
+                a small picture of the state. Return False, or raise, to stop.
+
+        Returns:
+            A Pillow picture, or a list of them where batch_size is more than 1 or ``prompts`` were given.
+
+        Raises:
+            BadArgument: Something here can be mended by the caller.
+            BadFile: A LoRA is damaged, or nothing of it fits this model.
+            Unsupported: A file that a prompt names is no LoRA.
+            Cancelled: ``on_step`` returned False.
+            Busy: ``on_step`` paints with the same context.
+            OutOfMemory: Too big a picture.
+        """
+        texts = _prompt_texts(prompt, prompts, batch_size)
+        negative_prompt = _text("negative_prompt", negative_prompt)
+        wanted, unwanted = [parse(text) for text in texts], parse_negative(negative_prompt)
+        for warning in {warning: None for one in (*wanted, unwanted) for warning in one.warnings}:
+            log.warning("%s", warning)
+        if init_image is None and mask is not None:
+            raise BadArgument("mask: says where to repaint init_image, which is missing")
+        start = None if init_image is None else open_picture(init_image, "init_image")
+        where = None if mask is None else open_picture(mask, "mask")
+        _check_name("sampler", sampler, _native.samplers())
+        _check_name("scheduler", scheduler, _native.schedulers())
+        _check_name("rng", rng, _native.rngs())
+        batch_size = _whole("batch_size", batch_size, 1) if prompts is None else len(texts)
+        seed = _seed(seed, batch_size)
+        steps = _whole("steps", steps, 1)
+        cfg_scale = _number("cfg_scale", cfg_scale)
+        eta = None if eta is None else _number("eta", eta, 0)
+        strength = _number("strength", strength)
+        clip_skip = None if clip_skip is None else _whole("clip_skip", clip_skip, 1)
+        vae_tile = None if vae_tile is None else _whole("vae_tile", vae_tile, 1)
+
+        with self._lock:
+            info, defaults = self._native.info(), self._native.defaults()
+            width, height = _size(width, height, start.size if start else None, info)
+            sampler = sampler or defaults["sampler"]
+            scheduler = scheduler or defaults["scheduler"]
+            clip_skip = clip_skip or defaults["clip_skip"]  # 0: the family's own
+            init_pixels = None if start is None else pixels(start, "RGB", (width, height))
+            mask_pixels = None if where is None else pixels(where, "L", (width, height))
+            uses = [
+                read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
+                for one in wanted
+            ]
+            painted = self._native.generate(
+                prompts=[one.spans for one in wanted],
+                loras=[[use.native() for use in of_prompt] for of_prompt in uses],
+                negative_prompts=[unwanted.spans],
+                width=width,
+                height=height,
+                steps=steps,
+                cfg_scale=cfg_scale,
+                seed=seed,
+                batch_size=batch_size,
+                sampler=sampler,
+                scheduler=scheduler,
+                rng=rng,
+                eta=-1.0 if eta is None else eta,
+                clip_skip=clip_skip,
+                init_image=init_pixels,
+                strength=strength,
+                mask=mask_pixels,
+                vae_tile=vae_tile or 0,
+                on_step=on_step,
+            )
+        parameters = Parameters(
+            negative_prompt=negative_prompt,
+            steps=steps,
+            sampler=sampler,
+            scheduler=scheduler,
+            cfg_scale=cfg_scale,
+            width=width,
+            height=height,
+            strength=None if start is None else strength,
+            clip_skip=clip_skip or None,
+            eta=eta,
+            rng=rng,
+            vae_tile=vae_tile,
+            init_image_hash=_hash(init_pixels),
+            mask_hash=_hash(mask_pixels),
+            backend=info["backend"],
+            **self._origin(),
+        )
+        pictures = []
+        for k, rgb in enumerate(painted):
+            one = k if len(texts) > 1 else 0
+            of_picture = replace(
+                parameters,
+                seed=seed + k,
+                prompt=" ".join([texts[one], *lora_tags(self._library, loras)]),
+                lora_hashes=self._lora_hashes(uses[one]),
+            )
+            pictures.append(PaintedImage.from_pixels(rgb, format_parameters(of_picture)))
+        return pictures if batch_size > 1 or prompts is not None else pictures[0]
+
+    def _lora_hashes(self, uses: Sequence[LoraUse]) -> str | None:
+        """As webui writes them: "name: hash" of each, separated by commas."""
+        hashes = {self._library.name_of(use.path): files.model_hash(use.path) for use in uses}
+        return ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) or None
+
+    def _origin(self) -> dict[str, Any]:
+        """The fields of Parameters that tell of the model."""
+        fields: dict[str, Any] = {
+            "prediction": self._prediction,
+            "version": f"sdcpp_py {_native.version()}",
+        }
+        for role, path in {"model": self._path, **self._components}.items():
+            whole = path.resolve()
+            fields[role] = whole.name if whole.is_dir() else whole.stem
+            try:
+                fields[f"{role}_hash"] = files.model_hash(whole)
+            except Io as error:  # the picture is worth more than the hash
+                log.warning("%s", error)
+        return fields
+
+
+# ---- arguments -----------------------------------------------------------------------------------------
+
+
+def _prompt_texts(prompt: object, prompts: object, batch_size: object) -> list[str]:
+    """One prompt for all pictures, or one for each."""
+    if prompts is None:
+        return [_text("prompt", prompt)]
+    if prompt is not None:
+        raise BadArgument("prompt: is given, and prompts as well; one of them says what to paint")
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise BadArgument("prompts: must be a list of texts, one for each picture")
+    if batch_size not in (1, len(prompts)):
+        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(prompts)} prompts; leave it out")
+    return [_text("prompts", text) for text in prompts]
+
+
+def _text(argument: str, value: object) -> str:
+    """Text that the engine can take; a lone surrogate, such as an undecodable argument has, becomes "?"."""
+    if not isinstance(value, str):
+        raise BadArgument(f"{argument}: must be text, not {type(value).__name__}")
+    if "\0" in value:
+        raise BadArgument(f"{argument}: has a NUL character at {value.index(chr(0))}; take it out")
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _path(argument: str, value: object) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        raise BadArgument(f"{argument}: must be a path, not {type(value).__name__}")
+    if not path or "\0" in path:
+        raise BadArgument(f"{argument}: {path!r} is no path")
+    return Path(path)
+
+
+def _whole(argument: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
+    """A whole number that C can hold; what else it must be, the engine knows."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
+        raise BadArgument(f"{argument} {_brief(value)}: must be a whole number")
+    if not least <= number <= most:
+        raise BadArgument(f"{argument} {_brief(number)}: must be between {least} and {most}")
+    return number
+
+
+def _number(argument: str, value: object, least: float = -MOST) -> float:
+    """A number that C can hold; what else it must be, the engine knows."""
+    try:
+        number = None if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not least <= number <= MOST:
+        raise BadArgument(
+            f"{argument} {_brief(value)}: must be a finite number" + (", 0 or more" if least == 0 else "")
+        )
+    return number
+
+
+def _brief(value: object) -> str:
+    """A value as messages show it."""
+    if isinstance(value, str):
+        return shown(value)
+    if not isinstance(value, (int, float)):
+        return f"of type {type(value).__name__}"
+    try:
+        return str(value)
+    except ValueError:  # more digits than Python prints
+        return "of thousands of digits"
+
+
+def _seed(seed: int | None, batch_size: int) -> int:
+    if seed is None or (not isinstance(seed, bool) and seed == -1):
+        return secrets.randbelow(1 << 32)
+    seed = _whole("seed", seed, 0, SEEDS - 1)
+    if seed + batch_size > SEEDS:
+        raise BadArgument(f"seed {seed}: leaves no seeds for {batch_size} pictures; the last is 2**64 - 1")
+    return seed
+
+
+def _check_name(argument: str, name: object, known: Sequence[str]) -> None:
+    if name is None or name in known:
+        return
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise BadArgument(f"{argument} {_brief(name)} is not known; {hint}there are: {', '.join(known)}")
+
+
+def _size(
+    width: int | None, height: int | None, start: tuple[int, int] | None, info: "_native._ModelInfo"
+) -> tuple[int, int]:
+    multiple, native = info["size_multiple"], info["native_size"]
+    usual = tuple(_nearest(side, multiple) for side in start) if start else (native, native)
+    width = usual[0] if width is None else _whole("width", width, 1)
+    height = usual[1] if height is None else _whole("height", height, 1)
+    return width, height
+
+
+def _nearest(side: int, multiple: int) -> int:
+    return max(1, round(side / multiple)) * multiple
+
+
+def _hash(array: NDArray[np.uint8] | None) -> str | None:
+    return None if array is None else hashlib.sha256(array.data).hexdigest()[: files.HASH_DIGITS]

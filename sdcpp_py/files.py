@@ -1,0 +1,126 @@
+"""Where things lie: the model that ships, the vocabularies, and the hashes of model files."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from .errors import Io, from_os_error
+from .image import whole_file
+
+HASH_DIGITS: Final = 10  # what webui shows of a SHA-256
+
+
+def package_folders() -> list[Path]:
+    """The folders of this package: one, or two where it is installed editable (sources and built files)."""
+    package = sys.modules[__package__ or "sdcpp_py"]
+    return [Path(folder) for folder in package.__path__]
+
+
+def data_dir() -> Path:
+    """The folder with the vocabularies."""
+    for folder in package_folders():
+        if (folder / "data" / "clip_merges.txt").is_file():
+            return folder / "data"
+    raise Io(f"{package_folders()[0]}: data/clip_merges.txt is missing; install sdcpp_py again")
+
+
+def shipped_model() -> Path:
+    """The small model that comes with the package.
+
+    Raises:
+        Io: It is not installed.
+    """
+    folders = [folder / "models" for folder in package_folders()]
+    folders += [
+        folder.parent / "models" for folder in package_folders() if (folder.parent / "CMakeLists.txt").is_file()
+    ]
+    for folder in folders:
+        for path in sorted(folder.glob("*.gguf")):
+            return path
+    raise Io("the model that ships is not installed; name a model file, or install sdcpp_py again")
+
+
+# ---- hashes --------------------------------------------------------------------------------------------
+
+
+def model_hash(path: Path) -> str | None:
+    """The first 10 digits of the SHA-256 of a model file, as webui's "Model hash".
+
+    Of a diffusers folder it is that of its denoiser's file; None where there is none. Reading 2 GB takes
+    seconds, so results are kept in the user's cache folder, by path, size and time of change.
+
+    Raises:
+        Io: The file cannot be read.
+    """
+    file = path if not path.is_dir() else next(iter(sorted(path.glob("unet/*.safetensors"))), None)
+    if file is None:
+        return None
+    try:
+        key, state = str(file.resolve()), _state(file)
+        known = _read_cache()
+        if known.get(key, [])[:2] != state:
+            known[key] = [*state, _sha256(file)]
+            _write_cache(known)
+    except OSError as error:
+        raise from_os_error(path, error) from error
+    return str(known[key][2])[:HASH_DIGITS]
+
+
+def models_with_hash(short: str) -> Iterator[Path]:
+    """Files that are known by an earlier use, still unchanged, and have this hash."""
+    for key, value in _read_cache().items():
+        path = Path(key)
+        try:
+            same = str(value[2]).startswith(short) and value[:2] == _state(path)
+        except OSError:
+            continue
+        if same:
+            yield path.parent.parent if path.parent.name == "unet" else path
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    block = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(block):
+            digest.update(memoryview(block)[:n])
+    return digest.hexdigest()
+
+
+def _cache_file() -> Path:
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "sdcpp_py" / "hashes.json"
+
+
+def _read_cache() -> dict[str, list[Any]]:
+    try:
+        known = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 3}
+
+
+def _write_cache(known: dict[str, list[Any]]) -> None:
+    try:
+        file = _cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as stream:
+            stream.write(json.dumps(known).encode())
+    except (OSError, RuntimeError):
+        pass  # it is computed again next time

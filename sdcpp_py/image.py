@@ -1,0 +1,380 @@
+"""Pictures with the parameters that made them, as stable-diffusion-webui writes and reads them.
+
+A PNG carries a text chunk "parameters": the prompt, "Negative prompt: …" and one line of fields, "Steps:
+20, Sampler: Euler a, …". A value with a comma, a colon or a line break is quoted as JSON.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from .errors import BadArgument, BadFile, from_os_error
+
+# Our names and webui's.
+SAMPLERS: Final = {
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpm2": "DPM2",
+    "dpm2_a": "DPM2 a",
+    "dpm++2s_a": "DPM++ 2S a",
+    "dpm++2m": "DPM++ 2M",
+    "dpm++2m_sde": "DPM++ 2M SDE",
+    "ddim": "DDIM",
+    "lcm": "LCM",
+    "unipc": "UniPC",
+}
+SCHEDULERS: Final = {
+    "normal": "Normal",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "ddim_uniform": "DDIM",
+    "beta": "Beta",
+    "ays": "Align Your Steps",
+}
+RNGS: Final = {"cpu": "CPU", "cuda": "NV"}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What made a picture. None: not said, so the default of whoever repeats it.
+
+    Sizes are in pixels, hashes are the first 10 digits of SHA-256. `other` holds fields that mean nothing to
+    us, as text.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int | None = None
+    sampler: str | None = None
+    scheduler: str | None = None
+    cfg_scale: float | None = None
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    model_hash: str | None = None
+    model: str | None = None
+    vae_hash: str | None = None
+    vae: str | None = None
+    clip_l_hash: str | None = None
+    clip_l: str | None = None
+    prediction: str | None = None
+    strength: float | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    rng: str | None = None
+    vae_tile: int | None = None
+    init_image_hash: str | None = None
+    mask_hash: str | None = None
+    lora_hashes: str | None = None
+    backend: str | None = None
+    version: str | None = None
+    other: dict[str, str] = field(default_factory=dict)
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+_NEGATIVE = "Negative prompt:"
+_FIELD = re.compile(r'\s*(\w[\w \-/+]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_FIELDS_AT_LEAST = 3  # as webui: a last line with fewer is part of the prompt
+
+# Name in the text, attribute, type. The order is the order in the text.
+_FIELDS: Final = (
+    ("Steps", "steps", int),
+    ("Sampler", "sampler", str),
+    ("Schedule type", "scheduler", str),
+    ("CFG scale", "cfg_scale", float),
+    ("Seed", "seed", int),
+    ("Size", "size", str),
+    ("Model hash", "model_hash", str),
+    ("Model", "model", str),
+    ("VAE hash", "vae_hash", str),
+    ("VAE", "vae", str),
+    ("CLIP-L hash", "clip_l_hash", str),
+    ("CLIP-L", "clip_l", str),
+    ("Prediction", "prediction", str),
+    ("Denoising strength", "strength", float),
+    ("Clip skip", "clip_skip", int),
+    ("Eta", "eta", float),
+    ("RNG", "rng", str),
+    ("VAE tile", "vae_tile", int),
+    ("Init image hash", "init_image_hash", str),
+    ("Mask hash", "mask_hash", str),
+    ("Lora hashes", "lora_hashes", str),
+    ("Device", "backend", str),
+    ("Version", "version", str),
+)
+_EXACT = {"Exact prompt": "prompt", "Exact negative prompt": "negative_prompt"}
+
+
+def format_parameters(parameters: Parameters) -> str:
+    """The text of the "parameters" chunk, from which `parse_parameters` reads the same again.
+
+    A prompt that the form cannot hold, such as one with a line "Negative prompt:", is added to the last line
+    once more, quoted.
+    """
+    text = _format(parameters, exact=False)
+    return text if parse_parameters(text) == parameters else _format(parameters, exact=True)
+
+
+def _format(parameters: Parameters, exact: bool) -> str:
+    values: dict[str, object] = {}
+    for name, attribute, _ in _FIELDS:
+        if attribute != "size":
+            values[name] = getattr(parameters, attribute)
+        elif parameters.width is not None and parameters.height is not None:
+            values[name] = f"{parameters.width}x{parameters.height}"
+    for name, table in (("Sampler", SAMPLERS), ("Schedule type", SCHEDULERS), ("RNG", RNGS)):
+        if values[name] is not None:
+            values[name] = table.get(str(values[name]), values[name])
+    if exact:
+        values.update({name: getattr(parameters, key) for name, key in _EXACT.items()})
+    version = values.pop("Version")
+    values.update({name: value for name, value in parameters.other.items() if name not in values})
+    values["Version"] = version
+    fields = ", ".join(f"{name}: {_quote(value)}" for name, value in values.items() if value is not None)
+    negative = f"{_NEGATIVE} {parameters.negative_prompt}" if parameters.negative_prompt else None
+    return "\n".join(line for line in (parameters.prompt, negative, fields or None) if line is not None)
+
+
+def parse_parameters(text: str) -> Parameters:
+    """Reads what we or stable-diffusion-webui wrote. Any text can be read: what is no field is prompt."""
+    *lines, last = text.rstrip("\n").split("\n")
+    fields = dict(_fields(last))
+    if len(fields) < _FIELDS_AT_LEAST and not _EXACT.keys() <= fields.keys():
+        lines, fields = [*lines, last], {}
+    negative = next((i for i, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    values: dict[str, Any] = {
+        "prompt": "\n".join(lines[:negative]),
+        "negative_prompt": "\n".join(lines[negative:]).removeprefix(_NEGATIVE).removeprefix(" "),
+    }
+    for name, attribute, kind in _FIELDS:
+        if name in fields and attribute == "size":
+            size = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", fields.pop(name))
+            values["width"], values["height"] = map(int, size.groups()) if size else (None, None)
+        elif name in fields:
+            values[attribute] = _read(kind, fields.pop(name))
+    for name, attribute in _EXACT.items():
+        if name in fields:
+            values[attribute] = fields.pop(name)
+    _translate(values)
+    return Parameters(**values, other=fields)
+
+
+def _fields(line: str) -> Iterator[tuple[str, str]]:
+    at = 0
+    while at < len(line):
+        match = _FIELD.match(line, at)
+        if match:
+            yield match[1].rstrip(), _unquote(match[2])
+        at = match.end() if match else line.find(",", at) + 1 or len(line)
+
+
+def _quote(value: object) -> str:
+    text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    plain = text and text == text.strip() and not re.search(r'[,:\n]|^"', text)
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _unquote(text: str) -> str:
+    if text.startswith('"') and text.endswith('"'):
+        with contextlib.suppress(ValueError):
+            return str(json.loads(text, strict=False))
+    return text.strip()
+
+
+def _read(kind: type, text: str) -> Any:
+    """The value of a field, or None where it is none of its type."""
+    try:
+        value = kind(text)
+    except ValueError:
+        return None
+    return None if value != value or value in (float("inf"), float("-inf")) else value
+
+
+def _translate(values: dict[str, Any]) -> None:
+    """webui's names to ours; a name that is not known stays for the engine to refuse."""
+    ours = {theirs.casefold(): our for our, theirs in SCHEDULERS.items()} | {"uniform": "normal"}
+    scheduler = values.get("scheduler")
+    if scheduler is not None:
+        values["scheduler"] = None if scheduler == "Automatic" else ours.get(scheduler.casefold(), scheduler)
+    samplers = {theirs.casefold(): our for our, theirs in SAMPLERS.items()}
+    sampler = values.get("sampler")
+    if sampler is not None:
+        before, _, ending = sampler.casefold().rpartition(" ")
+        if before in samplers and ending in ours and sampler.casefold() not in samplers:  # "DPM++ 2M Karras"
+            values["sampler"] = samplers[before]
+            values["scheduler"] = values.get("scheduler") or ours[ending]
+        else:
+            values["sampler"] = samplers.get(sampler.casefold(), sampler)
+    rng = values.get("rng")
+    if rng is not None:
+        values["rng"] = {"CPU": "cpu", "NV": "cuda", "GPU": "cuda"}.get(rng, rng)
+
+
+# ---- pictures ------------------------------------------------------------------------------------------
+
+
+class PaintedImage(Image.Image):
+    """A Pillow picture that knows how it was made: ``info["parameters"]``, which ``save`` writes into a PNG.
+
+    Copies and conversions are plain Pillow pictures.
+    """
+
+    @classmethod
+    def from_pixels(cls, rgb: NDArray[np.uint8], parameters: str) -> "PaintedImage":
+        """A picture of an array (height, width, 3)."""
+        painted = cls()
+        painted.__setstate__(Image.fromarray(rgb).__getstate__())
+        painted.info["parameters"] = parameters
+        return painted
+
+    @property
+    def parameters(self) -> Parameters:
+        """How it was made, as data."""
+        return parse_parameters(str(self.info.get("parameters", "")))
+
+    def save(
+        self,
+        fp: str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes],
+        format: str | None = None,
+        **params: Any,
+    ) -> None:
+        """Writes the picture as Pillow does. A file appears whole or not at all.
+
+        Raises:
+            BadArgument: Nothing is known to write files with this ending.
+            Io: No such folder, no permission, no space.
+        """
+        if not isinstance(fp, (str, bytes, os.PathLike)):
+            super().save(fp, format, **self._with_parameters(format, params))
+            return
+        path = Path(os.fsdecode(fp))
+        format = format or file_format(path)
+        try:
+            if path.exists() and not path.is_file():  # a device or a pipe
+                with path.open("wb") as stream:
+                    super().save(stream, format, **self._with_parameters(format, params))
+                return
+            with whole_file(path) as stream:
+                super().save(stream, format, **self._with_parameters(format, params))
+        except OSError as error:
+            raise from_os_error(path, error) from error
+
+    def _with_parameters(self, format: str | None, params: dict[str, Any]) -> dict[str, Any]:
+        if "pnginfo" in params or "parameters" not in self.info or (format or "PNG").upper() != "PNG":
+            return params
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("parameters", str(self.info["parameters"]))
+        return {**params, "pnginfo": chunks}
+
+
+def file_format(path: Path) -> str:
+    """Pillow's name of the format that a file's ending asks for.
+
+    Raises:
+        BadArgument: Nothing is known to write files with this ending.
+    """
+    format = Image.registered_extensions().get(path.suffix.lower())
+    if format is None or format.upper() not in Image.SAVE:
+        raise BadArgument(f"{path}: no picture is written with the ending {path.suffix!r}; try .png")
+    return format
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name only once it is complete: written beside and renamed."""
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with beside.open("xb") as stream:
+            yield stream
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as pictures do; it may still be damaged."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith((b"\x89PNG", b"\xff\xd8", b"RIFF"))
+    except IsADirectoryError:
+        return False
+    except OSError as error:
+        raise from_os_error(path, error) from error
+
+
+def read_parameters(path: str | os.PathLike[str]) -> str:
+    """The text of a picture's "parameters" chunk.
+
+    Raises:
+        BadFile: It is no picture, or carries no parameters.
+        Io: It cannot be read.
+    """
+    text = _open_picture(Path(path)).info.get("parameters")
+    if not isinstance(text, str):
+        raise BadFile(f"{path}: carries no parameters; was it saved by a program that keeps them, as PNG?")
+    return text
+
+
+def _open_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except UnidentifiedImageError as error:
+        raise BadFile(f"{path}: is no picture that Pillow can read") from error
+    except OSError as error:
+        if error.errno:
+            raise from_os_error(path, error) from error
+        raise BadFile(f"{path}: is damaged ({error})") from error
+    except (Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as error:
+        raise BadFile(f"{path}: is damaged ({error})") from error
+
+
+def open_picture(source: object, argument: str) -> Image.Image:
+    """A picture from a path, a Pillow picture, or an array of bytes; `argument` is what messages call it."""
+    if isinstance(source, (str, os.PathLike)):
+        return ImageOps.exif_transpose(_open_picture(Path(source)))
+    if isinstance(source, Image.Image):
+        try:
+            source.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadFile(f"{argument}: is damaged ({error})") from error
+        return source
+    if not isinstance(source, np.ndarray):
+        raise BadArgument(f"{argument}: must be a path, a picture or an array, not {type(source).__name__}")
+    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+        raise BadArgument(
+            f"{argument}: an array must be uint8 with shape (height, width, 3), "
+            f"not {source.dtype} with shape {source.shape}"
+        )
+    return Image.fromarray(source)
+
+
+def pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A picture as the engine takes it, scaled to a width and a height.
+
+    The array is (height, width, 3) for mode "RGB", transparent parts white, and (height, width) for mode "L".
+    """
+    if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert(mode)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BOX)
+    return np.ascontiguousarray(picture)
