@@ -1,0 +1,69 @@
+"""Tiny random models as session fixtures, and where the vocabulary lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from cases import SD1
+
+from sdcpp_py import SDContext, _native
+from sdcpp_py.files import data_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
+    """A tiny model's diffusers folder, made at its first use."""
+    root = tmp_path_factory.mktemp("models")
+    made: dict[tiny.TinySD1, Path] = {}
+
+    def folder(model: tiny.TinySD1) -> Path:
+        if model not in made:
+            made[model] = tiny.write_folder(model, root / f"model-{len(made)}")
+        return made[model]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Callable[..., _native.Context]:
+    """The engine's own handle on a tiny model's folder, opened once."""
+    opened: dict[tiny.TinySD1, _native.Context] = {}
+
+    def context(model: tiny.TinySD1) -> _native.Context:
+        if model not in opened:
+            opened[model] = _native.Context(str(tiny_folder(model)), data_dir=str(data_dir()), threads=2)
+        return opened[model]
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def probe(native: Callable[..., _native.Context]) -> Callable[..., np.ndarray]:
+    """Runs one network of a tiny model alone: probe(model, network, **inputs)."""
+
+    def run(model: tiny.TinySD1, network: str, **inputs: np.ndarray) -> np.ndarray:
+        return _native.probe_run(native(model), network, **inputs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(
+    tiny_folder: Callable[[tiny.TinySD1], Path],
+    native: Callable[..., _native.Context],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A tiny Stable Diffusion 1.x in one safetensors file under the original names, float32."""
+    path = tmp_path_factory.mktemp("single") / "tiny-sd1.safetensors"
+    return tiny.write_single(tiny_folder(SD1), path, native(SD1))
+
+
+@pytest.fixture(scope="module")
+def sd_ctx(tiny_sd1: Path) -> SDContext:
+    """A context on the tiny single-file model, shared by the tests of a module."""
+    with SDContext(tiny_sd1) as context:
+        yield context

@@ -1,0 +1,199 @@
+"""Whatever was asked for before: the weights and the picture are those of a fresh context with the last prompt only.
+
+Sequences of prompts, of apply_loras and reset_loras, of refused and cancelled runs, over every weight type in both
+exact modes. The hypothesis profile "ci" (pytest --hypothesis-profile=ci) runs more than 300 of them, any other a few.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lora_files
+import numpy as np
+import pytest
+import quantised
+import reference_lora
+from cases import SD1
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from sdcpp_py import BadArgument, Cancelled, SDContext, SdcppError, _native
+
+RUN: dict[str, Any] = {
+    "steps": 1, "cfg_scale": 1.0, "width": 32, "height": 32, "seed": 3, "sampler": "euler", "scheduler": "normal",
+}  # fmt: skip
+IN_CI = settings.get_current_profile_name() == "ci"
+TYPES = quantised.TYPES if IN_CI else ("f16", "q8_0", "q4_K")
+SEQUENCES = 22 if IN_CI else 2  # of each type and mode
+
+NAMES = ("pairs", "mixed", "sub/text")
+# 0 and absent are the same state, reached in another way.
+states = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([0.5, 1.0, -0.3, 0.0]), max_size=3)
+
+
+def write_loras(folder: Path) -> Path:
+    """Low-rank pairs everywhere; kinds that depend on W, and norms; a text encoder alone."""
+    pairs = lora_files.random_update(lora_files.modules("linear conv", "unet")[::2], seed=1)
+    some = lora_files.modules("linear", "unet")
+    mixed = {
+        **lora_files.random_update(some[0::4], reference_lora.dora(reference_lora.lora, False), seed=2),
+        **lora_files.random_update(some[1::4], reference_lora.loha, seed=3),
+        **lora_files.random_update(some[2::4], reference_lora.ia3_of(False), seed=4),
+        **lora_files.random_update(lora_files.modules("norm")[::3], reference_lora.norms, seed=5),
+        **lora_files.random_update(lora_files.modules("conv", "unet")[1::3], reference_lora.lokr("w2", 4, 4), seed=6),
+    }
+    mixed = {path: factors for path, factors in mixed.items() if not path.endswith(("conv_in", "conv_out"))}
+    text = lora_files.random_update(lora_files.modules("linear", "text_encoder"), seed=7)
+    for name, update in zip(NAMES, (pairs, mixed, text), strict=True):
+        lora_files.save(folder / f"{name}.safetensors", lora_files.tensors_of(update))
+    (folder / "bad.safetensors").write_bytes(b"no file at all")
+    return folder
+
+
+def prompt_of(state: dict[str, float]) -> str:
+    return "a cat" + "".join(f"<lora:{name}:{multiplier}>" for name, multiplier in state.items())
+
+
+def latent(context: SDContext, prompt: str) -> bytes:
+    context.generate(prompt, **RUN)
+    return _native.probe_latent(context._native).tobytes()
+
+
+class World:
+    """A model of one weight type in one mode, a context with a long history, and what fresh ones answer."""
+
+    def __init__(self, model: Path, loras: Path, mode: str) -> None:
+        self.options: dict[str, Any] = {"lora_dir": loras, "lora_mode": mode, "threads": 1}
+        self.model, self.loras, self.mode = model, loras, mode
+        self.context = SDContext(model, **self.options)
+        self.answers: dict[frozenset[tuple[str, float]], tuple[bytes, str]] = {}
+        self.base = self.fresh({})
+
+    def fresh(self, state: dict[str, float]) -> tuple[bytes, str]:
+        """The latent and the fingerprint of a context that was asked for this only."""
+        key = frozenset((name, multiplier) for name, multiplier in state.items() if multiplier)
+        if key not in self.answers:
+            with SDContext(self.model, **self.options) as context:
+                self.answers[key] = latent(context, prompt_of(state)), context.fingerprint()
+        return self.answers[key]
+
+
+class LoraMachine(RuleBasedStateMachine):
+    """Does to a context what users do."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.context = world, world.context
+        self.context.apply_loras({})
+        self.wanted: dict[str, float] = {}
+
+    @rule(state=states)
+    def paint(self, state: dict[str, float]) -> None:
+        latent(self.context, prompt_of(state))
+        self.wanted = state
+
+    @rule(state=states)
+    def paint_with_the_argument(self, state: dict[str, float]) -> None:
+        self.context.generate("a cat", loras=state, **RUN)
+        self.wanted = state
+
+    @rule(state=states)
+    def apply(self, state: dict[str, float]) -> None:
+        self.context.apply_loras(state)
+        self.wanted = state
+
+    @rule()
+    def reset(self) -> None:
+        self.context.reset_loras()
+        self.wanted = {}
+
+    @rule(
+        state=states, tag=st.sampled_from(["<lora:nothing:1>", "<lora:bad:1>", "<lora:../pairs:1>", "<lora:pairs:nan>"])
+    )
+    def paint_what_is_refused(self, state: dict[str, float], tag: str) -> None:
+        with pytest.raises(SdcppError):
+            self.context.generate(prompt_of(state) + tag, **RUN)
+
+    @rule(state=states)
+    def paint_and_cancel(self, state: dict[str, float]) -> None:
+        with pytest.raises(Cancelled):
+            self.context.generate(prompt_of(state), on_step=lambda step, steps, preview: False, **{**RUN, "steps": 2})
+        self.wanted = state
+
+    @rule(state=states)
+    def paint_what_cannot_be_painted(self, state: dict[str, float]) -> None:
+        before = self.context.lora_state
+        with pytest.raises(BadArgument):
+            self.context.generate(prompt_of(state), **{**RUN, "width": 7})
+        self.wanted = state if self.context.lora_state != before else self.wanted
+
+    @rule(name=st.sampled_from(NAMES))
+    def touch(self, name: str) -> None:
+        """The file looks new, so that it is read again."""
+        os.utime(self.world.loras / f"{name}.safetensors")
+
+    @invariant()
+    def state_is_what_was_asked_for(self) -> None:
+        names = {name for name, multiplier in self.wanted.items() if multiplier}
+        assert set(self.context.lora_state) == names
+        if self.world.mode == "runtime":
+            assert self.context.fingerprint() == self.world.base[1]
+
+    def teardown(self) -> None:
+        want_latent, want_fingerprint = self.world.fresh(self.wanted)
+        assert self.context.fingerprint() == want_fingerprint
+        assert latent(self.context, prompt_of(self.wanted)) == want_latent
+        assert self.context.fingerprint() == want_fingerprint
+        base_latent, base_fingerprint = self.world.base
+        assert latent(self.context, "a cat") == base_latent
+        assert self.context.fingerprint() == base_fingerprint
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_loras(tmp_path_factory.mktemp("loras"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, native: Callable[..., Any]) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("types")
+
+    def model(kind: str) -> Path:
+        path = folder / f"{kind}.gguf"
+        return path if path.exists() else quantised.write(path, kind, native(SD1))[0]
+
+    return model
+
+
+@pytest.fixture(params=[(kind, mode) for kind in TYPES for mode in ("runtime", "restore")], ids="-".join)
+def world(request: pytest.FixtureRequest, models: Callable[[str], Path], loras: Path) -> Iterator[World]:
+    kind, mode = request.param
+    made = World(models(kind), loras, mode)
+    yield made
+    made.context.close()
+
+
+def test_history_leaves_no_trace(world: World) -> None:
+    """The context goes on from one sequence to the next, so its history only grows."""
+    run_state_machine_as_test(
+        lambda: LoraMachine(world),
+        settings=settings(
+            max_examples=SEQUENCES,
+            stateful_step_count=8,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_loras_of_the_machine_act(world: World) -> None:
+    """Each changes the picture, or the machine would show nothing."""
+    seen = {world.fresh({name: 1.0})[0] for name in NAMES} | {world.base[0]}
+    assert len(seen) == 1 + len(NAMES)
+    assert all(np.isfinite(np.frombuffer(latent, np.float32)).all() for latent in seen)
+    fingerprints = {world.fresh({name: 1.0})[1] for name in NAMES}
+    assert len(fingerprints) == (1 if world.mode == "runtime" else len(NAMES))
