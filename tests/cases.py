@@ -57,8 +57,8 @@ def denoise(name: str, model: tiny.TinySD1, width: int, height: int, times: list
     return Case(name, model, "denoise", inputs)
 
 
-def text(name: str, model: tiny.TinySD1, skip: int, network: str = "text") -> Case:
-    prompts = [(320, 736, 1876), tuple(range(300, 375)), ()]
+def text(name: str, model: tiny.TinySD1, skip: int, network: str = "text", n: int = 3) -> Case:
+    prompts = [(320, 736, 1876), tuple(range(300, 375)), ()][:n]
 
     def ids(pad: int) -> np.ndarray:
         return np.stack([token_ids(*prompt, pad=pad) for prompt in prompts])
@@ -96,12 +96,12 @@ NETWORKS = [
     encode("encode-narrow", SD1_DEEP, 48, 64),
     denoise("sd2-unet", SD2, 8, 6, [500.0, 3.5]),
     denoise("sd2-unet-deep-inpainting", SD2_V_DEEP, 8, 4, [333.0]),
-    text("sd2-text", SD2, 2),
-    text("sd2-text-deep-skip-3", SD2_V_DEEP, 3),
+    text("sd2-text", SD2, 2, n=1),
+    text("sd2-text-deep-skip-3", SD2_V_DEEP, 3, n=1),
     denoise("sdxl-unet", SDXL, 8, 6, [999.0, 17.25]),
     denoise("sdxl-unet-deep-inpainting", SDXL_DEEP, 8, 4, [250.0]),
-    text("sdxl-text", SDXL, 2),
-    text("sdxl-text-skip-1", SDXL, 1),
+    text("sdxl-text", SDXL, 2, n=2),
+    text("sdxl-text-skip-1", SDXL, 1, n=1),
     text("sdxl-pooled", SDXL, 2, "pooled"),
     text("sdxl-pooled-skip-3", SDXL_DEEP, 3, "pooled"),
     decode("sdxl-decode", SDXL, 6, 5),
