@@ -75,6 +75,13 @@ int nearest_multiple(int value, int multiple) {
     return std::max(multiple, (value + multiple / 2) / multiple * multiple);
 }
 
+// As people write it: "SDXL".
+std::string written(const Family & family) {
+    std::string name = family.name;
+    std::transform(name.begin(), name.end(), name.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    return name;
+}
+
 // Repeats `one` along the last dimension that it uses not yet.
 void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
 
@@ -86,7 +93,7 @@ Context::Context(const OpenParams & params)
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, family_->name); },
+      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {
@@ -417,7 +424,7 @@ void Context::reset_loras() {
 
 LoraReport Context::inspect_lora(const std::string & path) {
     const Claim claim(*this, {});
-    return read_lora(path, lora_names_, family_->name).report;
+    return read_lora(path, lora_names_, written(*family_)).report;
 }
 
 Tensor Context::probe(const std::string & network, const std::map<std::string, Tensor> & given) {
