@@ -48,11 +48,15 @@ class Part:
         return [*cases, text("lora", self.model, 2, "pooled", n=1)] if self.name == "text_encoder_2" else cases
 
     @torch.no_grad()
-    def truth(self) -> list[np.ndarray]:
-        return [self._run(case) for case in self.cases]
+    def truth(self, dtype: Any = torch.float64) -> list[np.ndarray]:
+        """In float64: with strong adapters torch's own float32 is up to 2e-5 away from it."""
+        self.network.to(dtype)
+        out = [self._run(case, dtype) for case in self.cases]
+        self.network.float()
+        return out
 
-    def _run(self, case: Case) -> np.ndarray:
-        inputs = {name: torch.from_numpy(values) for name, values in case.inputs.items()}
+    def _run(self, case: Case, dtype: Any) -> np.ndarray:
+        inputs = {name: torch.from_numpy(values).to(dtype) for name, values in case.inputs.items()}
         if case.network == "denoise":
             told = {"text_embeds": inputs.get("pooled"), "time_ids": inputs.get("sizes")}
             return self.network(inputs["latent"], inputs["time"], inputs["text"], added_cond_kwargs=told).sample.numpy()
@@ -151,7 +155,7 @@ def test_what_diffusers_saves(name: str, part: Part, tmp_path: Path) -> None:
             if "magnitude" in key:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.4))
             else:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
     want = part.truth()
     kind = diffusers.StableDiffusionXLPipeline if part.model.text_2_width else diffusers.StableDiffusionPipeline
     kind.save_lora_weights(
@@ -188,7 +192,10 @@ def test_lycoris_networks(name: str, part: Part, tmp_path: Path) -> None:
     wrapper = lycoris.create_lycoris(part.network, 1.0, **dims, **options)
     wrapper.apply_to()
     randomise(wrapper, size)
-    want = part.truth()
+    dtype = torch.float32 if "oft" in name else torch.float64  # those have constants of float32
+    wrapper.to(dtype)
+    want = part.truth(dtype)
+    wrapper.float()
     file = tmp_path / "lycoris.safetensors"
     renamed = {
         key.replace("lycoris_", PREFIXES[part.name], 1): value.contiguous()
