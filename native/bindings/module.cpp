@@ -268,7 +268,7 @@ Bytes picture(int images, int height, int width) {
 class Context {
   public:
     Context(const std::string & model, const std::map<std::string, std::string> & components,
-            const std::string & data_dir, const Name & backend, int threads, const Name & prediction,
+            const std::string & data_dir, const Name & backend, int threads, const Name & precision, const Name & prediction,
             const Name & lora_mode, const Name & base_copy, bool requantise, bool strict_loras, size_t lora_cache) {
         std::vector<sd_component> parts;
         for (const auto & [role, path] : components) {
@@ -281,6 +281,7 @@ class Context {
         params.data_dir = c_text(data_dir, "data_dir");
         params.backend = c_text(backend, "backend");
         params.threads = threads;
+        params.precision = c_text(precision, "precision");
         params.prediction = c_text(prediction, "prediction");
         params.lora_mode = c_text(lora_mode, "lora_mode");
         params.base_copy = c_text(base_copy, "base_copy");
@@ -368,7 +369,7 @@ class Context {
         const std::shared_ptr<sd_ctx> ctx = handle();
         const sd_model_info info = sd_get_model_info(ctx.get());
         return py::dict("family"_a = text(info.family), "prediction"_a = text(info.prediction),
-                        "backend"_a = text(info.backend), "threads"_a = info.threads,
+                        "backend"_a = text(info.backend), "threads"_a = info.threads, "kernels"_a = text(info.kernels), "precision"_a = text(info.precision),
                         "size_multiple"_a = info.size_multiple, "native_size"_a = info.native_size,
                         "latent_channels"_a = info.latent_channels, "latent_cell"_a = info.latent_cell,
                         "input_channels"_a = info.input_channels, "weight_bytes"_a = info.weight_bytes,
@@ -682,9 +683,9 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Context>(m, "Context")
         .def(py::init<const std::string &, const std::map<std::string, std::string> &, const std::string &,
-                      const Name &, int, const Name &, const Name &, const Name &, bool, bool, size_t>(),
+                      const Name &, int, const Name &, const Name &, const Name &, const Name &, bool, bool, size_t>(),
              "model"_a, py::kw_only(), "components"_a = py::dict(), "data_dir"_a, "backend"_a = py::none(),
-             "threads"_a = 0, "prediction"_a = py::none(), "lora_mode"_a = py::none(),
+             "threads"_a = 0, "precision"_a = py::none(), "prediction"_a = py::none(), "lora_mode"_a = py::none(),
              "base_copy"_a = py::none(), "requantise"_a = false, "strict_loras"_a = false, "lora_cache"_a = 0)
         .def("close", &Context::close)
         .def_property_readonly("closed", &Context::closed)

@@ -241,6 +241,7 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
         open.threads = params->threads;
+        open.precision = params->precision ? params->precision : "";
         open.loras = to_lora_options(*params);
         if (params->log) {
             open.log = [call = params->log, user = params->log_user](sd::Level level, const std::string & message) {
@@ -264,6 +265,8 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
             pipeline.prediction() == sd::Prediction::v ? "v" : "eps",
             context.device().name().c_str(),
             context.device().threads(),
+            context.device().kernels_name(),
+            context.device().precision(),
             pipeline.size_multiple(),
             pipeline.native_size(),
             static_cast<int>(pipeline.latent_format().channels),

@@ -81,7 +81,7 @@ void append(std::vector<float> & to, const std::vector<float> & from) { to.inser
 } // namespace
 
 Context::Context(const OpenParams & params)
-    : log_(params.log), device_(params.backend, params.threads),
+    : log_(params.log), device_(params.backend, params.threads, params.precision),
       weights_(Checkpoint::open(params.model, params.components)),
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
@@ -90,8 +90,9 @@ Context::Context(const OpenParams & params)
              params.loras) {
     weights_.load(device_);
     if (log_) {
-        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s", params.model.c_str(), family_->name,
-                               weights_.weights().size(), weights_.resident_bytes() >> 20, device_.name().c_str()));
+        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
+                               family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
+                               device_.name().c_str(), device_.kernels_name(), device_.precision()));
     }
 }
 

@@ -21,7 +21,7 @@ namespace sd {
 struct OpenParams {
     std::string                model;
     std::vector<ComponentFile> components;
-    std::string                data_dir, backend, prediction;
+    std::string                data_dir, backend, prediction, precision;
     int                        threads = 0;
     LoraOptions                loras;
     Log                        log;
