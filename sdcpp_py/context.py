@@ -374,6 +374,7 @@ class SDContext:
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
             backend=info["backend"],
+            precision=info["precision"],
             **self._origin(),
         )
         pictures = []

@@ -216,7 +216,11 @@ const char * sd_build_info(void) {
         if (guarded([&] { ggml = sd::ggml_info(); }) != SD_OK) {
             ggml = "ggml: " + last_error + "\n";
         }
-        return sd::text("sdcpp: %s\ncompiler: %s\n", SDCPP_VERSION, __VERSION__) + ggml;
+        std::string kernels;
+        if (guarded([&] { kernels = sd::kernels_info(); }) != SD_OK) {
+            kernels = "CPU kernels: " + last_error + "\n";
+        }
+        return sd::text("sdcpp: %s\ncompiler: %s\n", SDCPP_VERSION, __VERSION__) + kernels + ggml;
     }();
     return info.c_str();
 }

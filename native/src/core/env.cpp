@@ -4,12 +4,9 @@
 
 namespace sd {
 
-static std::string value_of(const char * name) {
-    const char * value = std::getenv(name);
-    return value ? value : "";
-}
+static std::string text_of(const char * value) { return value ? value : ""; }
 
-std::string env_kernels() { return value_of("SDCPP_KERNELS"); }
-std::string env_precision() { return value_of("SDCPP_PRECISION"); }
+std::string env_kernels() { return text_of(std::getenv("SDCPP_KERNELS")); }
+std::string env_precision() { return text_of(std::getenv("SDCPP_PRECISION")); }
 
 } // namespace sd

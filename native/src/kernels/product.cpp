@@ -14,8 +14,9 @@ namespace {
 // taps times columns.
 constexpr int64_t depth_at_once = 384, columns_at_most = 256;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
-// Unpacking a block of weights must be little work beside multiplying by it.
-constexpr int64_t rows_at_least = 512;
+// Unpacking a block of weights must be little work beside multiplying by it, and its sums should stay in the cache while
+// the next channels are added.
+constexpr int64_t rows_at_least = 512, rows_at_most = 1024, rows_of_quantised = 4096;
 
 int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
 int64_t inputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[2] : weight->ne[0]; }
@@ -210,7 +211,10 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
 void Product::run(ggml_tensor * out) {
     const int64_t columns = columns_at_once(), across = (columns_ + columns - 1) / columns;
     const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
-    const int64_t down = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(rows_ / rows_at_least, 1));
+    const int64_t most = std::max<int64_t>(rows_ / rows_at_least, 1);
+    const bool    quantised = !is_element(parts_.terms.front().weight->type);
+    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : rows_at_most) : 1;
+    const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
     pool.run(across * down, [&](int64_t number, int thread) {
         const int64_t row = number / across, column = number % across;
         work(out, {rows_ * row / down, rows_ * (row + 1) / down, column * columns, std::min((column + 1) * columns, columns_)},

@@ -79,6 +79,11 @@ SD_INLINE UVec round_bf16(Vec v) {
     return v == v ? rounded : raw | 0x10000u;
 }
 
+SD_INLINE void store_pair(uint32_t * to, Vec low, Vec high) {
+    const UVec both = (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u);
+    std::memcpy(to, &both, sizeof both);
+}
+
 void pack(const Pack & p) {
     const int padded = even(p.length);
     if (padded != p.length) {
@@ -89,10 +94,8 @@ void pack(const Pack & p) {
     transpose_any(p, p.scratch, lanes, padded);
     auto * to = static_cast<uint32_t *>(p.to) + p.column;
     for (int pair = 0; pair < p.taps * padded / 2; ++pair) {
-        const UVec low = round_bf16(load(p.scratch + 2 * pair * lanes)) >> 16;
-        const UVec high = round_bf16(load(p.scratch + (2 * pair + 1) * lanes)) & 0xffff0000u;
-        const UVec both = low | high;
-        std::memcpy(to + static_cast<int64_t>(pair) * panel, &both, sizeof both);
+        store_pair(to + static_cast<int64_t>(pair) * panel, load(p.scratch + 2 * pair * lanes),
+                   load(p.scratch + (2 * pair + 1) * lanes));
     }
 }
 #else
@@ -286,14 +289,13 @@ template <int R> struct RowTile {
     }
 };
 
-// V vectors of one panel.
-template <int R, int V> void product_tile(const Block & b, int64_t row, const RowTile<R> & rows, int number, int column) {
-    Vec sums[R][V] = {};
-    rows.template add_to<V>(sums, b, number);
+// V vectors of one panel, all columns of which there are, or not.
+template <bool whole, int R, int V>
+SD_INLINE void write_tile(const Block & b, const Vec (&sums)[R][V], int64_t row, int column) {
     for (int r = 0; r < R; ++r) {
         float * y = b.y + (row + r) * b.y_row + column;
         for (int v = 0; v < V; ++v) {
-            const int n = b.columns - column - v * lanes;
+            const int n = whole ? lanes : b.columns - column - v * lanes;
             Vec       sum = sums[r][v];
             if (!b.first) {
                 sum += load_upto(y + v * lanes, n);
@@ -303,6 +305,16 @@ template <int R, int V> void product_tile(const Block & b, int64_t row, const Ro
             }
             store_upto(y + v * lanes, sum, n);
         }
+    }
+}
+
+template <int R, int V> void product_tile(const Block & b, int64_t row, const RowTile<R> & rows, int number, int column) {
+    Vec sums[R][V] = {};
+    rows.template add_to<V>(sums, b, number);
+    if (b.columns - column >= V * lanes) {
+        write_tile<true>(b, sums, row, column);
+    } else {
+        write_tile<false>(b, sums, row, column);
     }
 }
 
@@ -374,7 +386,7 @@ template <int n> struct Number {
 SD_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct HeadScratch {
-    float *keys, *values, *queries, *scores, *sums, *most, *total;
+    float *keys, *values, *queries, *rounded, *scores, *sums, *most, *total, *packing;
     int64_t bytes;
 
     HeadScratch(void * at, int64_t n, int size) {
@@ -385,13 +397,15 @@ struct HeadScratch {
             next += up_to(floats, 16);
             return taken;
         };
-        keys = take(padded * size);
+        keys = take(padded * even(size));
         values = take(padded * width);
-        queries = take(static_cast<int64_t>(query_block) * size);
+        queries = take(static_cast<int64_t>(query_block) * even(size));
+        rounded = take(tile_rows * key_block);
         scores = take(tile_rows * key_block);
         sums = take(query_block * width);
         most = take(query_block);
         total = take(query_block);
+        packing = take(lanes * int64_t{even(size)});
         bytes = 4 * (next - static_cast<float *>(at));
     }
 };
@@ -402,16 +416,21 @@ void pack_keys(const Head & h, const HeadScratch & s) {
     const int64_t width = up_to(h.size, lanes);
     for (int64_t first = 0; first < h.keys; first += panel) {
         for (int v = 0; v < vectors; ++v) {
-            const int64_t key = first + v * lanes;
-            const int64_t left = h.keys - key;
-            Pack          p{h.k + key * h.k_row, Element::f32, h.k_row, static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes),
-                            1, h.size, nullptr, 0, nullptr};
-            transpose_any(p, s.keys + first * h.size + v * lanes, panel, h.size);
+            const int64_t key = first + v * lanes, left = h.keys - key;
+            pack({h.k + key * h.k_row, Element::f32, h.k_row, static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes), 1,
+                  h.size, reinterpret_cast<char *>(s.keys) + first / panel * panel_bytes(1, h.size), v * lanes, s.packing});
         }
     }
-    for (int64_t key = 0; key < up_to(h.keys, panel); ++key) {
+    const auto value = [&](int64_t key, int at) {
+        return key < h.keys ? load_upto(h.v + key * h.v_row + at, h.size - at) : Vec{};
+    };
+    for (int64_t key = 0; key < up_to(h.keys, panel); key += products_in_bf16 ? 2 : 1) {
         for (int at = 0; at < width; at += lanes) {
-            store(s.values + key * width + at, key < h.keys ? load_upto(h.v + key * h.v_row + at, h.size - at) : Vec{});
+#ifdef SD_BF16
+            store_pair(reinterpret_cast<uint32_t *>(s.values) + key / 2 * width + at, value(key, at), value(key + 1, at));
+#else
+            store(s.values + key * width + at, value(key, at));
+#endif
         }
     }
 }
@@ -419,13 +438,22 @@ void pack_keys(const Head & h, const HeadScratch & s) {
 constexpr float nothing = -1e30f; // the score of what is not to be seen: finite, so that differences are
 
 template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
+#ifndef SD_BF16
     const float * rows[R];
     for (int r = 0; r < R; ++r) {
         rows[r] = s.queries + static_cast<int64_t>(at + r) * h.size;
     }
+#endif
     for (int first = 0; first < keys; first += panel) {
-        Vec sums[R][vectors] = {};
-        accumulate<R, vectors>(sums, rows, 1, h.size, s.keys + (key + first) * h.size, panel);
+        const void * weights = reinterpret_cast<char *>(s.keys) + (key + first) / panel * panel_bytes(1, h.size);
+        Vec          sums[R][vectors] = {};
+#ifdef SD_BF16
+        const int pairs = even(h.size) / 2;
+        accumulate_pairs<R, vectors>(sums, reinterpret_cast<uint32_t *>(s.queries) + at * pairs, pairs, pairs,
+                                     static_cast<const uint32_t *>(weights), panel);
+#else
+        accumulate<R, vectors>(sums, rows, 1, h.size, static_cast<const float *>(weights), panel);
+#endif
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < vectors; ++v) {
                 store(s.scores + r * key_block + first + v * lanes, sums[r][v]);
@@ -453,6 +481,7 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
     const int64_t width = up_to(h.size, lanes);
     Vec           fade[R];
     const float * rows[R];
+    (void) rows; // of f32 products
     for (int r = 0; r < R; ++r) {
         float * scores = s.scores + r * key_block;
         rows[r] = scores;
@@ -468,6 +497,9 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
             store(scores + i, p);
             total += p;
         }
+#ifdef SD_BF16
+        round_row(scores, reinterpret_cast<uint16_t *>(s.rounded) + r * key_block, keys);
+#endif
         s.most[at + r] = top;
         s.total[at + r] = s.total[at + r] * fade[r][0] + sum_of(total);
     }
@@ -479,7 +511,12 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
                 sums[r][v] = load(s.sums + (at + r) * width + first + v * lanes) * fade[r];
             }
         }
+#ifdef SD_BF16
+        accumulate_pairs<R, V>(sums, reinterpret_cast<uint32_t *>(s.rounded), key_block / 2, even(keys) / 2,
+                               reinterpret_cast<uint32_t *>(s.values) + key / 2 * width + first, width);
+#else
         accumulate<R, V>(sums, rows, 1, keys, s.values + key * width + first, width);
+#endif
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) {
                 store(s.sums + (at + r) * width + first + v * lanes, sums[r][v]);
@@ -511,9 +548,13 @@ void attention(const Head & h) {
     for (int64_t query = h.first_query; query < h.end_query; query += query_block) {
         const int queries = static_cast<int>(h.end_query - query < query_block ? h.end_query - query : query_block);
         for (int i = 0; i < queries; ++i) {
+            float * scaled = products_in_bf16 ? s.packing : s.queries + static_cast<int64_t>(i) * h.size;
             for (int at = 0; at < h.size; ++at) {
-                s.queries[static_cast<int64_t>(i) * h.size + at] = h.q[(query + i) * h.q_row + at] * h.scale;
+                scaled[at] = h.q[(query + i) * h.q_row + at] * h.scale;
             }
+#ifdef SD_BF16
+            round_row(scaled, reinterpret_cast<uint16_t *>(s.queries) + static_cast<int64_t>(i) * even(h.size), h.size);
+#endif
             s.most[i] = nothing;
             s.total[i] = 0;
         }

@@ -129,6 +129,12 @@ std::string ggml_info() {
     return out + "ggml CPU features: " + names + "\n";
 }
 
+std::string kernels_info() {
+    const KernelSet * kernels = choose_kernels("", true);
+    return text("CPU kernels: %s\nprecision auto: %s\n", kernels ? kernels->name : "reference",
+                kernels && kernels->bf16 ? "bf16" : "f32");
+}
+
 Device::Device(const std::string & name, int threads, const std::string & precision) {
     load_backends();
     ggml_backend_dev_t device = choose(name);

@@ -29,6 +29,9 @@ void add_rpc_devices(const std::string & endpoint);
 // Version, commit and CPU features of the loaded ggml, a "key: value" a line.
 std::string ggml_info();
 
+// The kernels that graphs run on by default, and what precision "auto" stands for, a "key: value" a line.
+std::string kernels_info();
+
 class Device {
   public:
     // `name` as devices() lists it, in any case of letters; "" takes the best. `threads` 0: one per core. `precision` of
