@@ -886,14 +886,36 @@ def test_diff_drifts_little(contexts: dict[str, SDContext], write: Callable[...,
     assert context.fingerprint() == plain["fingerprint"]
 
 
+def test_text_that_drifted_is_not_kept_beyond_a_reset(
+    contexts: dict[str, SDContext], write: Callable[..., Path], plain: dict[str, Any]
+) -> None:
+    """What prompts mean is kept while nothing changes: rounding that `diff` leaves in a text encoder is a change."""
+    context = contexts["diff"]
+    files = [write(random_update(lora_files.attention("text_encoder"), seed=i)) for i in range(2)]
+    seen = set()
+    for begin in (0.37, 0.73):
+        for i in range(20):
+            context.apply_loras({files[i % 2]: begin + i / 10})
+        seen.add(latent(context).tobytes())
+        context.reset_loras()
+        assert_same(latent(context), plain["latent"])
+    assert len(seen | {plain["latent"].tobytes()}) == 3
+
+
 def written_over(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
 
 
+def replaced(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(b"another")
+    other.replace(path)
+
+
 LOSSES: dict[str, Callable[[Path], Any]] = {
     "deleted": Path.unlink,
-    "replaced": lambda path: path.with_suffix(".new").write_bytes(b"another") and path.with_suffix(".new").replace(path),
+    "replaced": replaced,
     "cut": lambda path: os.truncate(path, 100),
     "written-over": written_over,
 }
@@ -945,7 +967,7 @@ def test_a_mapped_model_that_changes_is_noticed(
             context.fingerprint,
             lambda: context._native.lora_drift(),
         ):
-            with pytest.raises(SdcppError, match="was changed on disk while the model was open; .*base_copy"):
+            with pytest.raises(SdcppError, match=r"was changed on disk while the model was open; .*base_copy"):
                 call()
         assert context.lora_state == state
 
