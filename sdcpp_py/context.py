@@ -126,7 +126,8 @@ class SDContext:
                 milliseconds and exact on quantised weights. "restore": touched weights are rebuilt from the base,
                 so that a step costs nothing more. "diff": touched weights get the differences added; rounding
                 accumulates until ``reset_loras()``.
-            base_copy: Where "restore" finds the base: "file", the mapped file, or "ram", a copy of what is touched.
+            base_copy: Where the base's weights lie: "file", mapped, so that opening takes no time or memory; or "ram",
+                read whole, so that the file may change or vanish while the context paints on.
             requantise: A quantised weight that "restore" touches goes back to its type; else it is held in f16.
             strict_loras: A LoRA with any key that fits nothing is an error.
             lora_cache: Bytes of read LoRAs to keep though no prompt names them; 0: 2 GB.

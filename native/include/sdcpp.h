@@ -105,7 +105,7 @@ typedef struct sd_open_params {
     const char *         precision;    // of products on the CPU: "f32", "bf16"; NULL or "auto": as the processor likes
     const char *         prediction;   // "eps" or "v"; NULL: as the file says, else the family's own
     const char *         lora_mode;    // NULL: "runtime"
-    const char *         base_copy;    // of weights that LoRAs touch: "file" (NULL), or "ram" for files that may vanish
+    const char *         base_copy;    // "file" (NULL): the model is mapped; "ram": read whole, and may then change or vanish
     bool                 requantise;   // a touched quantised weight goes back to its type; else it is held in f16
     bool                 strict_loras; // any key of a LoRA that fits nothing is an error
     size_t               lora_cache;   // bytes of read LoRAs that are kept though no prompt names them; 0: 2 GB
