@@ -13,7 +13,7 @@ namespace binding {
 class Context {
   public:
     Context(const std::string & model, const std::map<std::string, std::string> & components,
-            const std::string & data_dir, const Name & backend, int threads, const Name & prediction,
+            const std::string & data_dir, const Name & backend, int threads, const Name & precision, const Name & prediction,
             const Name & lora_mode, const Name & base_copy, bool requantise, bool strict_loras,
             size_t lora_cache);
 
