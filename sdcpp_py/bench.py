@@ -1,5 +1,6 @@
 """How long a model takes here, and where the time goes."""
 
+import itertools
 import statistics
 import sys
 import time
@@ -41,7 +42,7 @@ def measure(sd_ctx: SDContext, *, size: int | None, steps: int, on_step: Callabl
     begin = time.perf_counter()
     sd_ctx.generate("a cat", width=size, height=size, steps=steps, seed=1, sampler="euler", on_step=step)
     end = time.perf_counter()
-    took = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    took = [after - before for before, after in itertools.pairwise(marks)]
     median = statistics.median(took)
     return Timing(marks[0] - begin - median, median, end - marks[-1], _peak_memory())
 
