@@ -41,6 +41,9 @@ class KernelNodes {
     }
 
   private:
+    // x in bf16 where products round it to that and what made it can.
+    ggml_tensor * narrow(ggml_tensor * x);
+
     template <typename Made> Made * made_by(ggml_tensor * x) const {
         const auto at = operations_.find(x);
         return at == operations_.end() ? nullptr : dynamic_cast<Made *>(at->second.get());
@@ -55,6 +58,7 @@ class KernelNodes {
     const KernelSet & set_;
     Pool &            pool_;
     std::unordered_map<const ggml_tensor *, std::unique_ptr<Operation>> operations_;
+    std::unordered_map<const ggml_tensor *, ggml_tensor *>              narrow_; // in place of what
 };
 
 } // namespace sd
