@@ -81,13 +81,17 @@ ggml_tensor * KernelNodes::add(ggml_tensor * x, ggml_tensor * y) {
     if (!ggml_are_same_shape(x, y)) {
         return ggml_add(ctx_, x, y);
     }
-    for (const auto & [sum, other] : {std::pair{y, x}, std::pair{x, y}}) {
-        const Product * made = made_by<Product>(sum);
-        if (made && !made->parts().residual && made->parts().activation != Activation::geglu) {
-            ProductParts parts = made->parts();
-            parts.residual = contiguous(other);
-            return product(std::move(parts));
-        }
+    // The later of the two is what was made to be added; the earlier one has other readers and would be computed twice.
+    const auto number = [&](ggml_tensor * of) {
+        const auto at = numbers_.find(of);
+        return at == numbers_.end() ? size_t{0} : at->second;
+    };
+    ggml_tensor * later = number(x) > number(y) ? x : y;
+    const Product * made = made_by<Product>(later);
+    if (made && !made->parts().residual && made->parts().activation != Activation::geglu) {
+        ProductParts parts = made->parts();
+        parts.residual = contiguous(later == x ? y : x);
+        return product(std::move(parts));
     }
     return keep(std::make_unique<Add>(set_, pool_, contiguous(x), contiguous(y)));
 }

@@ -50,6 +50,7 @@ class KernelNodes {
     }
     template <typename Made> ggml_tensor * keep(std::unique_ptr<Made> operation) {
         ggml_tensor * node = operation->append_to(ctx_);
+        numbers_[node] = numbers_.size() + 1;
         operations_.emplace(node, std::move(operation));
         return node;
     }
@@ -59,6 +60,7 @@ class KernelNodes {
     Pool &            pool_;
     std::unordered_map<const ggml_tensor *, std::unique_ptr<Operation>> operations_;
     std::unordered_map<const ggml_tensor *, ggml_tensor *>              narrow_; // in place of what
+    std::unordered_map<const ggml_tensor *, size_t>                     numbers_; // in the order of making, from 1
 };
 
 } // namespace sd
