@@ -176,6 +176,9 @@ void MappedFile::examine() {
 
 void MappedFile::map() {
     void * data = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, static_cast<int>(handle_), 0);
+    if (data == MAP_FAILED && errno == ENOMEM) {
+        refuse_no_room(path_, size_);
+    }
     if (data == MAP_FAILED) {
         refuse(path_, "mapped", errno);
     }
