@@ -1,6 +1,6 @@
 """LoRAs in the engine: every kind against weights that hold the same change, every spelling, every mode, bad files.
 
-Numbers in names (test_case_07_...) are those of the cases in the catalogue of LoRA files, section 9.
+Numbers in names (test_case_07_...) are those of docs/lora_cases.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 #include "lora/lora_file.h"
 
 #include "checkpoint/diffusers_folder.h"
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/words.h"
@@ -89,8 +90,6 @@ Groups group_keys(const Checkpoint & file, LoraReport & report) {
     }
     return out;
 }
-
-bool begins_with(const std::string & text, const char * begin) { return text.rfind(begin, 0) == 0; }
 
 // The convention by which a stem and its suffixes are spelled.
 std::string format_of(const LoraGroup & group) {

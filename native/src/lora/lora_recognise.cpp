@@ -1,5 +1,6 @@
 #include "lora/lora_recognise.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/words.h"
 #include "lora/lora_keys.h"
@@ -10,14 +11,6 @@
 
 namespace sd {
 namespace {
-
-bool begins_with(std::string_view text, std::string_view begin) {
-    return text.substr(0, begin.size()) == begin;
-}
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
 
 bool has(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
