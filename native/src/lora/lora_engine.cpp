@@ -117,9 +117,9 @@ bool LoraEngine::change(LoraState state) {
                                             change.use.path.c_str(), change.use.unet, change.use.text));
         }
     }
-    tell(loras);
     state_ = std::move(state);
     loras_ = std::move(loras);
+    tell(loras_);
     return true;
 }
 
@@ -132,11 +132,12 @@ void LoraEngine::tell(const Loras & loras) {
         }
         const size_t left = report.skipped.size() + report.unmatched.size();
         if (left > 0) {
-            options_.log(Level::warning,
-                         text("%s: %zu modules act, %zu modules or keys fit nothing in this model, first %s; see "
-                              "its report, or sdcpp lora inspect",
-                              lora->path.c_str(), report.applied.size(), left,
-                              (report.skipped.empty() ? report.unmatched : report.skipped).front().c_str()));
+            options_.log(
+                Level::warning,
+                text("%s: %zu modules act, %zu modules or keys fit nothing in this model, first %s; see "
+                     "its report, or sdcpp lora inspect",
+                     lora->path.c_str(), report.applied.size(), left,
+                     (report.skipped.empty() ? report.unmatched : report.skipped).front().c_str()));
         }
         for (const std::string & warning : report.warnings) {
             options_.log(Level::warning, lora->path + ": " + warning);

@@ -159,7 +159,8 @@ std::string base_by_keys(const Checkpoint & file) {
             has(name, "norm1_context")) {
             return "SD3";
         }
-        if (begins_with(name, "transformer_blocks_") || begins_with(name, "transformer_transformer_blocks_") ||
+        if (begins_with(name, "transformer_blocks_") ||
+            begins_with(name, "transformer_transformer_blocks_") ||
             begins_with(name, "lora_transformer_transformer_blocks_")) { // diffusers' names of both
             const int64_t width = has(name, "_attn_to_") ? inputs(tensor) : 0;
             if (width > 0) {
