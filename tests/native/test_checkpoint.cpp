@@ -177,7 +177,7 @@ TEST_CASE("a component given apart replaces that one, in any of its spellings") 
           Names{rest, clip, vae, "unet.conv_in.b", "unet.down_blocks.0.a"});
 
     CHECK(names_with("clip_l", {"cond_stage_model.transformer.text_model.y"}) ==
-          Names{rest, "text_encoder.text_model.y", vae, unet});
+          Names{rest, vae, unet, "text_encoder.text_model.y"});
     for (const char * name :
          {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
           "text_encoder.text_model.embeddings.token_embedding.weight",
@@ -220,7 +220,7 @@ TEST_CASE("a component that is another one, or of an unknown role, is refused") 
                    "a.safetensors: holds no VAE that we know (its first tensor is input_blocks.0.weight)"));
     CHECK(contains(complaint([&] { given("clip_l"); }, Status::bad_file), "CLIP-L"));
     CHECK(complaint([&] { given("t5xxl"); }, Status::bad_argument) ==
-          "component 't5xxl' is not known; there are: model, vae, clip_l");
+          "component 't5xxl' is not known; there are: model, vae, clip_l, clip_g, clip_h");
 }
 
 TEST_CASE("a bare component as the main file keeps its names") {

@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace sd {
@@ -88,7 +89,7 @@ Value ClipText::run(Graph & g, Value x, int64_t first, int64_t end) const {
         }
     }
     Value causal = g.constant(std::move(mask));
-    for (int64_t i = first; i < end; ++i) {
+    for (int64_t i = std::max<int64_t>(first, 0); i < std::min(end, c.layers); ++i) {
         x = layers_[i](g, x, causal);
     }
     return x;
