@@ -173,7 +173,7 @@ LYCORIS: dict[str, tuple[float, dict[str, Any]]] = {  # the size of random facto
     "loha": (0.1, {"algo": "loha"}),
     "lokr": (0.1, {"algo": "lokr", "factor": 4}),
     "full": (0.02, {"algo": "full"}),
-    "ia3": (0.1, {"algo": "ia3"}),
+    "ia3": (0.05, {"algo": "ia3"}),
     "glora": (0.1, {"algo": "glora"}),
     "oft": (0.1, {"algo": "diag-oft", "constraint": 0.01, "rescaled": True}),
     "boft": (0.1, {"algo": "boft"}),
