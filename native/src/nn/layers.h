@@ -63,6 +63,16 @@ struct LayerNorm {
     Value operator()(Graph & g, Value x) const { return g.layer_norm(weight, bias, x, eps); }
 };
 
+struct RmsNorm {
+    Scope   here;
+    int64_t width;
+    float   eps = 1e-6f;
+
+    const Weight * weight = here.required("weight", {width, 1, 1, 1});
+
+    Value operator()(Graph & g, Value x) const { return g.rms_norm(weight, x, eps); }
+};
+
 struct Embedding {
     Scope   here;
     int64_t width, rows;
