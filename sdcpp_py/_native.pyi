@@ -30,6 +30,8 @@ class _Defaults(TypedDict):
     height: int
     steps: int
     cfg_scale: float
+    guidance: float
+    shift: float
     sampler: str | None
     scheduler: str | None
     rng: str | None
@@ -109,6 +111,9 @@ class Context:
         vae_tile: int,
         on_step: Callable[[int, int, Preview], Any] | None,
         loras: Sequence[Sequence[_Lora]] = ...,
+        guidance: float = -1.0,
+        shift: float = 0.0,
+        control_image: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]: ...
     def apply_loras(self, loras: Sequence[_Lora]) -> None: ...
     def reset_loras(self) -> None: ...

@@ -321,7 +321,8 @@ class Context {
                    int height, int steps, float cfg_scale, uint64_t seed, int batch_size,
                    const Name & sampler, const Name & scheduler, const Name & rng, float eta, int clip_skip,
                    const std::optional<Bytes> & init_image, float strength, const std::optional<Bytes> & mask,
-                   int vae_tile, const py::object & on_step, const LoraLists & loras) const {
+                   int vae_tile, const py::object & on_step, const LoraLists & loras, float guidance, float shift,
+                   const std::optional<Bytes> & control_image) const {
         const std::shared_ptr<sd_ctx> ctx = handle();
         const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
         const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
@@ -336,6 +337,8 @@ class Context {
         request.height = height;
         request.steps = steps;
         request.cfg_scale = cfg_scale;
+        request.guidance = guidance;
+        request.shift = shift;
         request.seed = seed;
         request.batch_size = batch_size;
         request.sampler = c_text(sampler, "sampler");
@@ -346,6 +349,7 @@ class Context {
         request.init_image = pixels(init_image, "init_image", width, height, 3);
         request.strength = strength;
         request.mask = pixels(mask, "mask", width, height, 1);
+        request.control_image = pixels(control_image, "control_image", width, height, 3);
         request.vae_tile = vae_tile;
         request.on_step = on_step.is_none() ? nullptr : Run::step;
         request.keep_going = Run::keep_going;
@@ -379,7 +383,8 @@ class Context {
         const std::shared_ptr<sd_ctx> ctx = handle();
         const sd_request request = sd_default_request(ctx.get());
         return py::dict("width"_a = request.width, "height"_a = request.height, "steps"_a = request.steps,
-                        "cfg_scale"_a = request.cfg_scale, "sampler"_a = text_or_none(request.sampler),
+                        "cfg_scale"_a = request.cfg_scale, "guidance"_a = request.guidance,
+                        "shift"_a = request.shift, "sampler"_a = text_or_none(request.sampler),
                         "scheduler"_a = text_or_none(request.scheduler), "rng"_a = text_or_none(request.rng),
                         "eta"_a = request.eta, "clip_skip"_a = request.clip_skip,
                         "strength"_a = request.strength, "vae_tile"_a = request.vae_tile);
@@ -695,7 +700,8 @@ PYBIND11_MODULE(_native, m) {
         .def("generate", &Context::generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a,
              "height"_a, "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a,
              "rng"_a, "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a,
-             "on_step"_a, "loras"_a = LoraLists())
+             "on_step"_a, "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F,
+             "control_image"_a = py::none())
         .def("apply_loras", &Context::apply_loras, "loras"_a)
         .def("reset_loras", &Context::reset_loras)
         .def("lora_state", &Context::lora_state, "image"_a = 0)

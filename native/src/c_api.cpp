@@ -104,6 +104,8 @@ sd::Request to_request(const sd_request & from) {
     request.height = from.height;
     request.steps = from.steps;
     request.cfg_scale = from.cfg_scale;
+    request.guidance = from.guidance;
+    request.shift = from.shift;
     request.seed = from.seed;
     request.batch_size = from.batch_size;
     request.sampler = or_empty(from.sampler);
@@ -114,6 +116,7 @@ sd::Request to_request(const sd_request & from) {
     request.init_image = from.init_image;
     request.strength = from.strength;
     request.mask = from.mask;
+    request.control_image = from.control_image;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -261,7 +264,9 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
     const sd::Context &  context = ctx->context;
     const sd::Pipeline & pipeline = context.pipeline();
     return {context.family().name,
-            pipeline.prediction() == sd::Prediction::v ? "v" : "eps",
+            pipeline.prediction() == sd::Prediction::v      ? "v"
+            : pipeline.prediction() == sd::Prediction::flow ? "flow"
+                                                            : "eps",
             context.device().name().c_str(),
             context.device().threads(),
             pipeline.size_multiple(),
@@ -291,6 +296,7 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     request.width = request.height = pipeline.native_size();
     request.steps = defaults.steps;
     request.cfg_scale = defaults.cfg_scale;
+    request.guidance = defaults.guidance > 0 ? defaults.guidance : -1;
     request.batch_size = 1;
     request.sampler = defaults.sampler;
     request.scheduler = defaults.scheduler;

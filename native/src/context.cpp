@@ -117,6 +117,17 @@ void Context::complete(Request & r) const {
     if (!std::isfinite(r.eta)) {
         fail(Status::bad_argument, "eta %g: must be a finite number", static_cast<double>(r.eta));
     }
+    if (!std::isfinite(r.guidance) || (r.guidance >= 0 && defaults.guidance == 0)) {
+        fail(Status::bad_argument, "guidance %g: %s", static_cast<double>(r.guidance),
+             std::isfinite(r.guidance) ? "this model takes none; use cfg_scale" : "must be a finite number");
+    }
+    if (!(r.shift >= 0 && r.shift <= 100)) {
+        fail(Status::bad_argument, "shift %g: must be between 0 and 100", static_cast<double>(r.shift));
+    }
+    if (r.shift > 0 && pipeline_->prediction() != Prediction::flow) {
+        fail(Status::bad_argument, "shift %g: only models of rectified flows, as FLUX and SD3, have one",
+             static_cast<double>(r.shift));
+    }
     if (r.batch_size < 1 || r.batch_size > max_batch) {
         fail(Status::bad_argument, "batch_size %d: must be between 1 and %d", r.batch_size, max_batch);
     }
@@ -139,6 +150,9 @@ void Context::complete(Request & r) const {
     }
     if (r.clip_skip == 0) {
         r.clip_skip = defaults.clip_skip;
+    }
+    if (r.guidance < 0) {
+        r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
@@ -205,7 +219,7 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     });
     Tensor latent({moments.ne[0], moments.ne[1], format.channels, 1});
     for (size_t i = 0; i < latent.data.size(); ++i) {
-        latent.data[i] = moments.data[i] * format.scale;
+        latent.data[i] = (moments.data[i] - format.shift) * format.scale;
     }
     return latent;
 }
@@ -218,7 +232,6 @@ static int tile_for(const Request & r) {
 Context::Latents Context::start(const Request & r) {
     const LatentFormat format = pipeline_->latent_format();
     const int64_t      w = r.width / format.reduction, h = r.height / format.reduction;
-    const int64_t      inputs = pipeline_->input_channels();
     Latents            out{{w, h, format.channels, r.batch_size}, {}, {}, {}};
 
     std::vector<float> picture;
@@ -229,23 +242,51 @@ Context::Latents Context::start(const Request & r) {
     if (r.mask) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
-    if (inputs == 2 * format.channels) {
-        fail(Status::unsupported, "this is an InstructPix2Pix model (%lld input channels); only its text encoder and "
-             "autoencoder can be used so far", static_cast<long long>(inputs));
-    }
-    if (inputs == 2 * format.channels + 1) {
-        // An inpainting model sees the mask, and the picture with grey where it is to repaint.
-        const int64_t plane = static_cast<int64_t>(r.width) * r.height;
+    const int64_t side = format.reduction, plane = static_cast<int64_t>(r.width) * r.height;
+    const auto    add_extra = [&](const std::vector<float> & values) {
+        out.extra = out.extra ? out.extra : Tensor({w, h, 0, 1});
+        out.extra->ne[2] += static_cast<int64_t>(values.size()) / (w * h);
+        append(out.extra->data, values);
+    };
+    const auto is_repainted = [&](int64_t pixel) { return !r.mask || r.mask[pixel] >= 128; };
+    const auto add_shown = [&] { // the picture, with grey where it is to repaint
         picture.resize(static_cast<size_t>(3 * plane), 0.0f);
         for (int64_t i = 0; i < 3 * plane; ++i) {
-            picture[i] = !r.mask || r.mask[i % plane] >= 128 ? 0.0f : picture[i];
+            picture[i] = is_repainted(i % plane) ? 0.0f : picture[i];
         }
-        Tensor shown = encode_picture(picture, r.width, r.height, tile_for(r));
-        out.extra = Tensor({w, h, 1 + format.channels, 1});
-        for (int64_t i = 0; i < w * h; ++i) {
-            out.extra->data[i] = !out.mask || out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
+        add_extra(encode_picture(picture, r.width, r.height, tile_for(r)).data);
+    };
+    switch (pipeline_->extra_input()) {
+    case ExtraInput::none:
+        break;
+    case ExtraInput::pix2pix:
+        fail(Status::unsupported, "this is an InstructPix2Pix model (%d input channels); only its text encoder and "
+             "autoencoder can be used so far", pipeline_->input_channels());
+    case ExtraInput::inpainting: {
+        std::vector<float> cells(static_cast<size_t>(w * h), 1.0f);
+        for (size_t i = 0; out.mask && i < cells.size(); ++i) {
+            cells[i] = out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
         }
-        std::copy(shown.data.begin(), shown.data.end(), out.extra->data.begin() + w * h);
+        add_extra(cells);
+        add_shown();
+        break;
+    }
+    case ExtraInput::fill: {
+        add_shown();
+        std::vector<float> pixels(static_cast<size_t>(plane));
+        for (int64_t i = 0; i < plane; ++i) {
+            const int64_t x = i % r.width, y = i / r.width, channel = y % side * side + x % side;
+            pixels[(channel * h + y / side) * w + x / side] = is_repainted(i) ? 1.0f : 0.0f;
+        }
+        add_extra(pixels);
+        break;
+    }
+    case ExtraInput::control:
+        if (!r.control_image) {
+            fail(Status::bad_argument, "this model needs a control_image, a picture of edges or depths to follow");
+        }
+        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
+        break;
     }
     return out;
 }
@@ -260,9 +301,9 @@ void Context::generate(Request r, uint8_t * rgb) {
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
-    const NoiseSchedule trained = pipeline_->noise_schedule();
-    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Latents       begin = start(r);
+    const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
+    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -270,6 +311,9 @@ void Context::generate(Request r, uint8_t * rgb) {
         const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * r.strength));
         sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
     }
+
+    const Prediction prediction = pipeline_->prediction();
+    const auto       kept_at = [&](float sigma) { return prediction == Prediction::flow ? 1 - sigma : 1.0f; };
 
     const size_t                      one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
     const size_t                      plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
@@ -280,21 +324,25 @@ void Context::generate(Request r, uint8_t * rgb) {
         float * at = x.data() + image * one;
         rngs.back()->normal(at, one);
         for (size_t i = 0; i < one; ++i) {
-            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] : 0.0f);
+            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] * kept_at(sigmas.front()) : 0.0f);
         }
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
-    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1});
+    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
+    if (pipeline_->defaults().guidance > 0) {
+        std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
+        inputs["guidance"] = &guidance;
+    }
     for (const auto & [name, tensor] : conditioning) {
         inputs[name] = &tensor;
     }
     const int  steps = static_cast<int>(sigmas.size()) - 1;
     int        done = 0;
     const auto denoise = [&](const std::vector<float> & noisy, float sigma, std::vector<float> & denoised) {
-        const float spread = std::sqrt(sigma * sigma + 1);
+        const float spread = prediction == Prediction::flow ? 1.0f : std::sqrt(sigma * sigma + 1);
         for (int run = 0; run < runs; ++run) {
             float *       to = latent.data.data() + run * (one + extra);
             const float * from = noisy.data() + (run % r.batch_size) * one;
@@ -312,7 +360,7 @@ void Context::generate(Request r, uint8_t * rgb) {
         denoised.resize(noisy.size());
         for (size_t i = 0; i < noisy.size(); ++i) {
             const float model = guided ? out[noisy.size() + i] + r.cfg_scale * (out[i] - out[noisy.size() + i]) : out[i];
-            denoised[i] = pipeline_->prediction() == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
+            denoised[i] = prediction == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
                                                                    : noisy[i] - sigma * model;
             if (begin.mask) { // what is not to be repainted is known
                 const float repaint = begin.mask->data[i % plane];
@@ -351,7 +399,7 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
-                       [&](float value) { return value / format.scale; });
+                       [&](float value) { return value / format.scale + format.shift; });
         const Tensor picture = in_tiles(unscaled, tile, format.reduction, 1, [&](const Tensor & part) {
             return runner_
                 .run("vae_decode", {{"latent", &part}}, [&](Graph & g) { g.output("image", pipeline_->decode_latent(g)); })

@@ -32,6 +32,8 @@ struct Request {
     LoraState                                   loras;
     int                                         width = 0, height = 0, steps = 0;
     float                                       cfg_scale = 1;
+    float                                       guidance = -1; // below 0: the family's own
+    float                                       shift = 0;     // of a flow; 0: the family's own
     uint64_t                                    seed = 0;
     int                                         batch_size = 1;
     std::string                                 sampler, scheduler, rng; // "": the default
@@ -40,6 +42,7 @@ struct Request {
     const uint8_t *                             init_image = nullptr; // width * height RGB
     float                                       strength = 1;
     const uint8_t *                             mask = nullptr; // width * height grey
+    const uint8_t *                             control_image = nullptr; // width * height RGB
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;

@@ -5,9 +5,10 @@
 namespace sd {
 
 extern const Family sd1;
+extern const Family flux;
 
 const std::vector<const Family *> & families() {
-    static const std::vector<const Family *> table{&sd1};
+    static const std::vector<const Family *> table{&sd1, &flux};
     return table;
 }
 

@@ -32,7 +32,7 @@ class StableDiffusion1 final : public Pipeline {
     Defaults      defaults() const override { return {20, 7.0f, "dpm++2m", "karras", 1}; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), 0.18215f}; }
-    NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(); }
+    NoiseSchedule noise_schedule(const Shape &, double) const override { return NoiseSchedule::scaled_linear(); }
     int           input_channels() const override { return static_cast<int>(unet_.input_channels()); }
     int           size_multiple() const override { return vae_.reduction(); }
     int           native_size() const override { return native_size_; }

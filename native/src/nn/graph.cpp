@@ -118,21 +118,9 @@ Value Graph::layer_norm(const Weight * weight, const Weight * bias, Value x, flo
     return ggml_add(ctx_, ggml_mul(ctx_, x, over_tokens(vector(weight), x)), over_tokens(vector(bias), x));
 }
 
-Value Graph::rms_norm(const Weight * weight, Value x, float eps) {
-    return ggml_mul(ctx_, ggml_rms_norm(ctx_, x, eps), over_tokens(vector(weight), x));
-}
-
 Value Graph::silu(Value x) { return ggml_silu(ctx_, x); }
 
 Value Graph::gelu(Value x) { return ggml_gelu_erf(ctx_, x); }
-
-// 0.5 x (1 + tanh(u)) = x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3); ggml_gelu looks half-precision values
-// up in a table.
-Value Graph::gelu_tanh(Value x) {
-    constexpr float twice_root = 1.5957691216057308f;
-    Value           slope = ggml_scale_bias(ctx_, ggml_sqr(ctx_, x), twice_root * 0.044715f, twice_root);
-    return ggml_mul(ctx_, x, ggml_sigmoid(ctx_, ggml_mul(ctx_, x, slope)));
-}
 
 // ggml_gelu_quick looks half-precision values up in a table, which costs three digits.
 Value Graph::quick_gelu(Value x) { return ggml_mul(ctx_, x, ggml_sigmoid(ctx_, ggml_scale(ctx_, x, 1.702f))); }

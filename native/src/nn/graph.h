@@ -52,11 +52,9 @@ class Graph {
 
     Value group_norm(const Weight * weight, const Weight * bias, Value x, int groups, float eps); // [W, H, C, N]
     Value layer_norm(const Weight * weight, const Weight * bias, Value x, float eps);             // [C, T, N]
-    Value rms_norm(const Weight * weight, Value x, float eps);                                    // [C, T, N]
 
     Value silu(Value x);
     Value gelu(Value x); // with erf
-    Value gelu_tanh(Value x);
     Value quick_gelu(Value x);
     Value geglu(Value x); // [2C, T, N]: the first half times the gelu of the second -> [C, T, N]
 
@@ -81,6 +79,27 @@ class Graph {
 
     // Sinusoidal features of timesteps, cosines first: [N] -> [width, N].
     Value timestep_embedding(Value timesteps, int64_t width);
+
+    // Diffusion transformers, see graph_transformer.cpp. Tokens are [C, T, N], tokens by heads [size, heads, T, N].
+    Value gelu_tanh(Value x);                                   // by the tanh formula, but without ggml's table
+    Value scaled(Value x, float factor);
+    Value normalise(Value x, float eps);                        // each token to mean 0 and variance 1
+    Value rms_norm(const Weight * weight, Value x, float eps);  // each run of the first dimension
+    Value chunk(Value vectors, int64_t index, int64_t width);   // [n * width, N] -> the index-th [width, 1, N]
+    Value modulate(Value x, Value shift, Value scale);          // x (1 + scale) + shift; those are [C, 1, N]
+    Value add_gated(Value x, Value y, Value gate);              // x + gate y
+    Value part(Value x, int64_t first, int64_t n);              // features: [C, T, N] -> [n, T, N], a view
+    Value by_heads(Value x, int64_t heads);                     // [C, T, N] -> [C / heads, heads, T, N], a view
+    Value side_by_side(Value x);                                // its inverse
+    Value token_range(Value x, int64_t first, int64_t n);       // [C, T, N] -> [C, n, N], a view
+    Value concat(Value x, Value y, int dimension);
+    // Turns pairs of neighbours by angles position / period (Su et al., 2021): x [size, heads, T, N], positions
+    // [T] whole numbers, periods [size / 2].
+    Value rope(Value x, Value positions, Value periods);
+    // Squares of 2 x 2 cells as tokens: [W, H, C, N] -> [4 C, W/2 H/2, N], channels outermost; and its inverse, also
+    // for channels innermost.
+    Value patches(Value x);
+    Value from_patches(Value x, int64_t width, int64_t height, bool channels_first);
 
     static Shape shape(Value value);
 

@@ -9,6 +9,7 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 #include <unordered_map>
@@ -61,13 +62,51 @@ size_t bytes_of(ggml_type type, int64_t elements) {
 
 } // namespace
 
-void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
-    const uint8_t * bytes = weight.stored->data();
-    if (rewrites_) {
-        const auto kept = rewrites_->kept.find(&weight);
-        bytes = kept == rewrites_->kept.end() ? bytes : kept->second.data();
+size_t WeightStore::Piece::bytes() const {
+    const DTypeInfo & info = *dtype_info(static_cast<int32_t>(type));
+    return static_cast<size_t>(elements / info.block) * info.block_bytes;
+}
+
+std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const {
+    std::vector<Piece> out;
+    if (weight.pieces.empty()) {
+        out.push_back({weight.stored->type, weight.stored->data(), count(weight.ne)});
     }
-    to_floats(weight.stored->type, bytes, first, n, to);
+    const int64_t row = weight.ne[1] == 1 ? 1 : weight.ne[0];
+    for (const StoredRows & piece : weight.pieces) {
+        const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row};
+        out.push_back({before.type, before.data + before.bytes(), piece.rows * row});
+    }
+    if (rewrites_ && rewrites_->kept.count(&weight) > 0) {
+        const uint8_t * at = rewrites_->kept.at(&weight).data();
+        for (Piece & piece : out) {
+            piece.data = at;
+            at += piece.bytes();
+        }
+    }
+    return out;
+}
+
+void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
+    const std::vector<Piece> from = pieces(weight);
+    if (weight.transposed) {
+        const DTypeInfo & info = *dtype_info(static_cast<int32_t>(from[0].type));
+        for (int64_t i = first; i < first + n; ++i) {
+            const int64_t row = i / weight.ne[0], column = i % weight.ne[0];
+            const int64_t there = column * weight.ne[1] + row;
+            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to++, 1);
+        }
+        return;
+    }
+    for (const Piece & piece : from) {
+        if (first < piece.elements && n > 0) {
+            const int64_t here = std::min(n, piece.elements - first);
+            to_floats(piece.type, piece.data, first, here, to);
+            to += here;
+            n -= here;
+        }
+        first = std::max<int64_t>(0, first - piece.elements);
+    }
 }
 
 void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
@@ -167,13 +206,7 @@ void WeightStore::restore(const Weight & weight) {
         const ggml_type loaded =
             own == rewrites_->privates.end() ? weight.tensor->type : own->second.loaded->type;
         make_private(weight, loaded);
-        if (static_cast<DType>(loaded) == weight.stored->type) {
-            ggml_backend_tensor_set(weight.tensor, kept->second.data(), 0, kept->second.size());
-        } else {
-            std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
-            read_base(weight, 0, count(weight.ne), floats.data());
-            write(weight, 0, count(weight.ne), floats.data());
-        }
+        convert(weight);
     } else if (own != rewrites_->privates.end()) {
         const_cast<Weight &>(weight).tensor = own->second.loaded;
         rewrites_->privates.erase(own);
@@ -187,9 +220,10 @@ void WeightStore::keep_base(const Weight & weight) {
     if (!rewrites_) {
         rewrites_ = std::make_shared<Rewrites>();
     }
+    const std::vector<Piece> from = pieces(weight);
     auto [kept, is_new] = rewrites_->kept.try_emplace(&weight);
-    if (is_new) {
-        kept->second.assign(weight.stored->data(), weight.stored->data() + weight.stored->bytes);
+    for (size_t i = 0; is_new && i < from.size(); ++i) {
+        kept->second.insert(kept->second.end(), from[i].data, from[i].data + from[i].bytes());
     }
 }
 
