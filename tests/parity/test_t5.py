@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import unicodedata
 
-import numpy as np
 import pytest
 import t5_vocabulary
 import tiny_t5
+from cases_t5 import LOUD, NEIGHBOURS, STATES, T5, TEXTS
 from closeness import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import TEXTS
 
 from sdcpp_py import _native
 
 pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
 pytestmark = pytest.mark.parity
 
-T5 = tiny_t5.TinyT5()
-WIDE = tiny_t5.TinyT5(width=32, heads=4, head_size=64, hidden=96, layers=1, vocabulary=100, buckets=16)
-
-
-def draw_ids(c: tiny_t5.TinyT5, n: int, prompts: int) -> np.ndarray:
-    return np.random.default_rng(n).integers(0, c.vocabulary, (prompts, n)).astype(np.float32)
+BATCH = next(case for case in STATES if case.name == "batch")
 
 
 @pytest.fixture(scope="module")
@@ -33,50 +27,35 @@ def encode():
     return encode
 
 
-@pytest.mark.parametrize("c", [T5, WIDE], ids=["t5", "wide heads"])
-@pytest.mark.parametrize(("n", "prompts"), [(1, 1), (9, 1), (20, 3), (300, 2)])
-def test_states_are_those_of_transformers(tmp_path, encode, c, n, prompts):
+@pytest.mark.parametrize("case", STATES, ids=lambda case: case.name)
+def test_states_are_those_of_transformers(tmp_path, encode, case):
     """Float32 on both sides: what remains is the order of sums."""
-    ids = draw_ids(c, n, prompts)
-    got = _native.probe_t5(str(tiny_t5.write_folder(c, tmp_path / "t5")), ids)
-    assert_close(got[0], encode(c, ids), tolerance=1e-5)
-
-
-@pytest.mark.parametrize("seen", [(20, 20, 20), (5, 20, 1)])
-def test_masked_tokens_are_not_seen(tmp_path, encode, seen):
-    ids = draw_ids(T5, 20, len(seen))
-    mask = (np.arange(20) < np.array(seen)[:, None]).astype(np.float32)
-    got = _native.probe_t5(str(tiny_t5.write_folder(T5, tmp_path / "t5")), ids, mask)
-    assert_close(got[0], encode(T5, ids, mask), tolerance=1e-5)
+    got = _native.probe_t5(str(tiny_t5.write_folder(case.model, tmp_path)), case.ids, case.mask)
+    assert_close(got[0], encode(case.model, case.ids, case.mask), tolerance=1e-5)
 
 
 # ggml rounds activations to the weights' own precision before it multiplies: to 11 bits for f16, to 8 for bf16, and to
 # 127 steps of a block's largest for quantised types, some 5e-3 a product; what is stated leaves half as much again.
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 1e-2), ("q8_0", 4e-2), ("q4_0", 4e-2)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("f32", 1e-5), ("f16", 5e-3), ("bf16", 1e-2), ("q8_0", 4e-2), ("q4_0", 4e-2)]
+)
 def test_files_of_llama_cpp(tmp_path, encode, kind, tolerance):
     meant = tiny_t5.write_gguf(T5, tmp_path / "t5.gguf", kind)
-    ids = draw_ids(T5, 20, 2)
+    ids = BATCH.ids
     assert_close(_native.probe_t5(str(tmp_path / "t5.gguf"), ids)[0], encode(T5, ids, weights=meant), tolerance)
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16"])
-def test_activations_beyond_half_precision(tmp_path, encode, kind):
-    """The feed-forward's product reaches some millions here, and 65504 is the largest number that f16 holds."""
-    loud = tiny_t5.TinyT5(loud=1000.0)
-    ids = draw_ids(loud, 20, 2)
-    got = _native.probe_t5(str(tiny_t5.write_folder(loud, tmp_path / "t5", kind)), ids)
-    assert_close(got[0], encode(loud, ids), tolerance=1e-5 if kind == "float32" else 5e-3)
+def test_weights_in_half_precision(tmp_path, encode):
+    """Of the network whose activations are beyond it."""
+    ids = BATCH.ids
+    got = _native.probe_t5(str(tiny_t5.write_folder(LOUD, tmp_path, "float16")), ids)
+    assert_close(got[0], encode(LOUD, ids), tolerance=5e-3)
 
 
 # ---- token ids
 
 # A C string has no NUL. What was assigned since this Python's Unicode is left out, for its clusters may differ.
 letters = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\0")
-NEIGHBOURS = [
-    "a", "1", " ", "  ", "\n", "é", "e\u0301", "\u0301", "한", "猫", "\u200d", "Σ", "’s", "½",
-    "Ａ", "²", "\u0316", "\u200b", "\u0600", "\r", "\r\n", "\u3000", "▁", "<extra_id_0>", "<extra_id_99>",
-    "</s>", "<pad>", "＜pad＞", "<extra_id_100>", "🚀", "\u1100", "\u1161", "ﬁ", "\x85",
-]  # fmt: skip
 anything = st.text(letters, max_size=40) | st.lists(st.sampled_from(NEIGHBOURS), max_size=14).map("".join)
 FORMS = {"old": ("old", {}), "new": ("new", {}), "sentinels strip": ("new", {"strips": True})}
 
@@ -96,7 +75,7 @@ def both(request, tmp_path_factory):
 
 def test_nasty_texts(both):
     ours, theirs = both
-    for text in (*TEXTS, *NEIGHBOURS, " ".join(NEIGHBOURS), "".join(NEIGHBOURS)):
+    for text in TEXTS:
         assert ours(text) == theirs(text)
 
 
