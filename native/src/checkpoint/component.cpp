@@ -25,6 +25,10 @@ const std::vector<Role> & roles() {
              {"diffusion_model.", "diffusion_model.", "model.diffusion_model."},
              {"input_blocks.", "", "model.diffusion_model."},
              {"down_blocks.", "", "unet."},
+             {"transformer.", "transformer.", "transformer."},
+             {"double_blocks.", "", "model.diffusion_model."},
+             {"joint_blocks.", "", "model.diffusion_model."},
+             {"transformer_blocks.", "", "transformer."},
          }},
         {{"vae"},
          "VAE",
@@ -109,7 +113,26 @@ std::string rename_component(const Role & role, std::vector<StoredTensor> & tens
          role.what, first.c_str());
 }
 
+bool is_bare_denoiser(const std::vector<StoredTensor> & tensors) {
+    const std::vector<Layout> & layouts = find_role("model").layouts;
+    return std::any_of(tensors.begin(), tensors.end(), [&](const StoredTensor & tensor) {
+        return std::any_of(layouts.begin(), layouts.end(), [&](const Layout & layout) {
+            return *layout.strip == 0 && begins_with(tensor.name, layout.mark);
+        });
+    });
+}
+
 std::string usual_name(const std::string & name) {
+    // ComfyUI's own checkpoints call the original autoencoder "vae".
+    if (begins_with(name, "vae.")) {
+        const std::string_view inner = std::string_view(name).substr(4);
+        for (const char * child : {"encoder.down.", "encoder.mid.", "encoder.norm_out.", "decoder.up.", "decoder.mid.",
+                                   "decoder.norm_out."}) {
+            if (begins_with(inner, child)) {
+                return "first_stage_model." + std::string(inner);
+            }
+        }
+    }
     // CLIP's text tower: transformers 5 and some old single files leave "text_model." out.
     for (const std::string_view prefix :
          {"text_encoder.", "text_encoder_2.", "cond_stage_model.transformer."}) {
