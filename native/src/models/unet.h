@@ -1,5 +1,6 @@
-// The denoiser of Stable Diffusion 1.x and 2.x: residual and transformer blocks at several sizes (Rombach et
-// al., 2022). Names as the original checkpoints, and as diffusers' UNet2DConditionModel.
+// The denoiser of Stable Diffusion 1.x, 2.x and XL: residual and transformer blocks at several sizes (Rombach
+// et al., 2022; Podell et al., 2023). Names as the original checkpoints, and as diffusers'
+// UNet2DConditionModel.
 #pragma once
 
 #include "nn/layers.h"
@@ -85,9 +86,12 @@ class Unet {
     int64_t input_channels() const { return input_channels_; }
     int64_t output_channels() const { return output_channels_; }
     int64_t context_width() const { return context_; }
+    std::vector<int64_t> heads() const; // of each level, from the top
+    int64_t vector_width() const { return vector_; } // 0: it takes none
 
-    // latent [W, H, C, N], timesteps [N], text [context, n, N] -> [W, H, C, N]
-    Value operator()(Graph & g, Value latent, Value timesteps, Value text) const;
+    // latent [W, H, C, N], timesteps [N], text [context, n, N], and where it takes one a vector
+    // [vector_width, N] for each picture as a whole -> [W, H, C, N]
+    Value operator()(Graph & g, Value latent, Value timesteps, Value text, Value vector = nullptr) const;
 
   private:
     // What stands at one number of `input_blocks` or `output_blocks`.
@@ -110,10 +114,11 @@ class Unet {
 
     Scope     here_;
     UnetHeads heads_;
-    int64_t   input_channels_, base_, time_width_, context_, output_channels_;
+    int64_t   input_channels_, base_, time_width_, context_, vector_, output_channels_;
     std::vector<Level> levels_;
 
     std::optional<Linear>             time1_, time2_;
+    std::optional<Linear>             vector1_, vector2_;
     std::optional<Conv2d>             conv_in_;
     std::vector<Stage>                down_;
     std::vector<int64_t>              skip_widths_;
