@@ -46,6 +46,7 @@ class Graph {
 
     // Products with weights; an adapter on a weight acts here, see adapted.cpp.
     Value linear(const Weight * weight, const Weight * bias, Value x);                      // [in, T, N] -> [out, T, N]
+    Value linear_of_large(const Weight * weight, Value x); // the same for x beyond 65504, the largest number in half precision
     Value conv2d(const Weight * kernel, const Weight * bias, Value x, int stride, int pad); // [W, H, in, N] -> [W', H', out, N]
     Value embedding(const Weight * table, Value ids);                                       // [n, N] -> [width, n, N]
 
@@ -59,10 +60,16 @@ class Graph {
 
     Value add(Value x, Value y);          // y may be broadcast over trailing dimensions
     Value add_to_channels(Value x, Value y); // [W, H, C, N] + [C, N]
+    Value mul(Value x, Value y);          // y may be broadcast over trailing dimensions
 
     // softmax(q k^T / sqrt(head size)) v, heads side by side: [C, Tq, N], [C, Tk, N] twice -> [C, Tq, N].
-    // `mask` is added to the scores: [Tk, Tq], or null.
+    // `mask` is added to the scores: [Tk, Tq], or [Tk, Tq, heads, 1 or N] where heads differ, or null.
     Value attention(Value q, Value k, Value v, int64_t heads, Value mask = nullptr);
+    // The same with another factor than 1 / sqrt(head size).
+    Value attention_scaled(Value q, Value k, Value v, int64_t heads, float scale, Value mask = nullptr);
+    // What heads add to their scores by the distance of tokens, [heads, Tk, Tq], as a mask: [Tk, Tq, heads]; with
+    // `seen` [Tk, N], 1 or 0, nothing looks at tokens that are 0: [Tk, Tq, heads, N].
+    Value mask_by_head(Value bias, Value seen = nullptr);
 
     Value concat_channels(Value x, Value y);            // images
     Value concat_features(Value x, Value y);            // [C, T, N] and [D, T, N] -> [C + D, T, N]

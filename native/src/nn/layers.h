@@ -105,6 +105,16 @@ struct HeadNorm {
     Value operator()(Graph & g, Value x) const { return g.rms_norm(weight, x, eps); }
 };
 
+struct RmsNorm {
+    Scope   here;
+    int64_t width;
+    float   eps = 1e-6f;
+
+    const Weight * weight = here.required("weight", {width, 1, 1, 1});
+
+    Value operator()(Graph & g, Value x) const { return g.rms_norm(weight, x, eps); }
+};
+
 struct Embedding {
     Scope   here;
     int64_t width, rows;
