@@ -43,9 +43,6 @@ class LatentDiffusion : public Pipeline {
     // pixels holds where the file does not tell.
     void complete(WeightStore & weights, int64_t text_width, Prediction prediction, int native_size);
 
-    // The vocabulary and positions that its tokens need.
-    static void check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
-
     ClipBpe bpe_;
     Unet    unet_;
 

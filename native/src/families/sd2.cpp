@@ -20,7 +20,7 @@ class StableDiffusion2 final : public LatentDiffusion {
         const std::optional<Prediction> stated = stated_prediction(file, options.prediction);
         const Prediction                prediction = stated ? *stated : guess_prediction(file);
         complete(weights, clip_.c.width, prediction, prediction == Prediction::v ? 768 : 512);
-        check_tokens(file, clip_.c.vocabulary, clip_.c.positions);
+        check_clip_tokens(file, clip_.c.vocabulary, clip_.c.positions);
     }
 
     Defaults defaults() const override { return {20, 7.0f, "dpm++2m", "karras", 2}; }

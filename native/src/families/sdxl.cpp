@@ -27,8 +27,8 @@ class StableDiffusionXl final : public LatentDiffusion {
         const Checkpoint & file = weights.checkpoint();
         complete(weights, clip_l_.c.width + clip_g_.c.width,
                  stated_prediction(file, options.prediction).value_or(Prediction::eps), 1024);
-        check_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
-        check_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
+        check_clip_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
+        check_clip_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
     }
 
     // The layer before the last one is what the model was trained with.

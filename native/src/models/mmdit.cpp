@@ -53,6 +53,13 @@ std::optional<HeadNorm> MmditAttention::norm(const char * name, const std::strin
     return at.has("") ? std::optional<HeadNorm>({at, c.head_size, eps}) : std::nullopt;
 }
 
+std::optional<Linear> MmditAttention::way_out() const {
+    if (!has_out) {
+        return std::nullopt;
+    }
+    return Linear{here.at("proj", diffusers[5]), c.hidden, c.hidden};
+}
+
 std::vector<Value> MmditAttention::operator()(Graph & g, Value x) const {
     x = qkv(g, x);
     std::vector<Value> out;
@@ -64,9 +71,18 @@ std::vector<Value> MmditAttention::operator()(Graph & g, Value x) const {
     return out;
 }
 
-std::vector<std::string> MmditStream::names(bool is_text) {
-    return is_text ? std::vector<std::string>{"add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out"}
-                   : std::vector<std::string>{"to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out.0"};
+MmditAttention MmditStream::attend(const char * name) const {
+    static const std::vector<std::string> of_image = {"to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out.0"};
+    static const std::vector<std::string> of_text = {"add_q_proj",   "add_k_proj",   "add_v_proj",
+                                                     "norm_added_q", "norm_added_k", "to_add_out"};
+    return {here.at(name), c, is_text ? of_text : of_image, goes_on};
+}
+
+std::optional<MmditAttention> MmditStream::attend_again() const {
+    if (!twice) {
+        return std::nullopt;
+    }
+    return attend("attn2");
 }
 
 std::optional<Linear> MmditStream::mlp(const char * name, const std::string & diffusers, int64_t in, int64_t out) const {

@@ -36,14 +36,14 @@ struct MmditAttention {
                                 {{diffusers[0], c.hidden}, {diffusers[1], c.hidden}, {diffusers[2], c.hidden}}};
     std::optional<HeadNorm> query_norm = norm("ln_q.weight", diffusers[3]);
     std::optional<HeadNorm> key_norm = norm("ln_k.weight", diffusers[4]);
-    std::optional<Linear>   out = has_out ? std::optional<Linear>({here.at("proj", diffusers[5]), c.hidden, c.hidden})
-                                          : std::nullopt;
+    std::optional<Linear>   out = way_out();
 
     // [hidden, T, N] -> three of [head size, heads, T, N]
     std::vector<Value> operator()(Graph & g, Value x) const;
 
   private:
     std::optional<HeadNorm> norm(const char * name, const std::string & diffusers_name) const; // SD 3.5 has them
+    std::optional<Linear>   way_out() const;
 };
 
 // The weights of one side of a block. The text's side of the last block ends at the attention.
@@ -58,16 +58,15 @@ struct MmditStream {
                            c.hidden,
                            {{"", (twice ? 9 : goes_on ? 6 : 2) * c.hidden, !goes_on}}};
 
-    MmditAttention attention{here.at("attn"), c, names(is_text), goes_on};
-
-    std::optional<MmditAttention> attention2 =
-        twice ? std::optional<MmditAttention>({here.at("attn2"), c, names(false), true}) : std::nullopt;
+    MmditAttention                attention = attend("attn");
+    std::optional<MmditAttention> attention2 = attend_again();
     std::optional<Linear> mlp1 = mlp("fc1", "net.0.proj", c.hidden, 4 * c.hidden);
     std::optional<Linear> mlp2 = mlp("fc2", "net.2", 4 * c.hidden, c.hidden);
 
   private:
-    static std::vector<std::string> names(bool is_text);
-    std::optional<Linear>           mlp(const char * name, const std::string & diffusers, int64_t in, int64_t out) const;
+    MmditAttention                attend(const char * name) const;
+    std::optional<MmditAttention> attend_again() const;
+    std::optional<Linear>         mlp(const char * name, const std::string & diffusers, int64_t in, int64_t out) const;
 };
 
 struct MmditBlock {

@@ -92,7 +92,6 @@ class Graph {
     Value chunk(Value vectors, int64_t index, int64_t width);   // [n * width, N] -> the index-th [width, 1, N]
     Value modulate(Value x, Value shift, Value scale);          // x (1 + scale) + shift; those are [C, 1, N]
     Value add_gated(Value x, Value y, Value gate);              // x + gate y
-    Value part(Value x, int64_t first, int64_t n);              // features: [C, T, N] -> [n, T, N], a view
     Value by_heads(Value x, int64_t heads);                     // [C, T, N] -> [C / heads, heads, T, N], a view
     Value side_by_side(Value x);                                // its inverse
     Value token_range(Value x, int64_t first, int64_t n);       // [C, T, N] -> [C, n, N], a view
