@@ -49,9 +49,10 @@ const std::vector<Role> & roles() {
         {{"clip_l"},
          "CLIP-L text encoder",
          false,
-         {"cond_stage_model.", "text_encoder.", "text_encoders.clip_l."},
+         {"cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."},
          {
-             {"cond_stage_model.", "cond_stage_model.", "cond_stage_model."},
+             {"cond_stage_model.transformer.", "cond_stage_model.transformer.", "text_encoder."},
+             {"conditioner.embedders.0.transformer.", "conditioner.embedders.0.transformer.", "text_encoder."},
              {"text_encoder.", "text_encoder.", "text_encoder."},
              {"text_encoders.clip_l.transformer.", "text_encoders.clip_l.transformer.", "text_encoder."},
              {"text_model.", "", "text_encoder."},
@@ -67,6 +68,30 @@ const std::vector<Role> & roles() {
              {"text_encoder_2.encoder.", "text_encoder_2.", T5},
              {"encoder.block.", "", T5},
              {"enc.blk.", "", T5}, // llama.cpp's GGUF files
+         }},
+        {{"clip_g"},
+         "CLIP-G text encoder (OpenCLIP-bigG)",
+         false,
+         {"conditioner.embedders.1.", "text_encoder_2.text_", "text_encoders.clip_g."},
+         {
+             {"conditioner.embedders.1.model.", "conditioner.embedders.1.model.", "conditioner.embedders.1.model."},
+             {"conditioner.embedders.0.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model."},
+             {"text_encoder_2.text_model.", "text_encoder_2.", "text_encoder_2."},
+             {"text_encoders.clip_g.transformer.", "text_encoders.clip_g.transformer.", "text_encoder_2."},
+             {"text_model.", "", "text_encoder_2."},
+             {"embeddings.token_embedding.", "", "text_encoder_2."},
+             {"transformer.resblocks.", "", "conditioner.embedders.1.model."},
+         }},
+        {{"clip_h"},
+         "CLIP-H text encoder (OpenCLIP-H)",
+         false,
+         {"cond_stage_model.", "text_encoder."},
+         {
+             {"cond_stage_model.model.", "cond_stage_model.model.", "cond_stage_model.model."},
+             {"text_encoder.", "text_encoder.", "text_encoder."},
+             {"text_model.", "", "text_encoder."},
+             {"embeddings.token_embedding.", "", "text_encoder."},
+             {"transformer.resblocks.", "", "cond_stage_model.model."},
          }},
     };
     return ROLES;

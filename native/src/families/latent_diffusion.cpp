@@ -16,7 +16,7 @@ const std::string * find_value(const Checkpoint & file, const char * key) {
 } // namespace
 
 LatentDiffusion::LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind)
-    : bpe_(options.data_dir + "/clip_merges.txt"), unet_(weights.root("model.diffusion_model", "unet"), kind.heads),
+    : bpe_(options.data_dir + "/clip_merges.txt"), unet_(weights.root("model.diffusion_model", "unet"), kind.unet),
       kind_(kind),
       vae_(kind.wide_vae ? weights.root("first_stage_model", "vae").wide() : weights.root("first_stage_model", "vae")),
       scale_(kind.scale) {
@@ -96,14 +96,16 @@ UnetFamily unet_family(const Checkpoint & file) {
     if (!text || !proj_in) {
         return UnetFamily::none;
     }
-    if (find_any(file, {"model.diffusion_model.label_emb.0.0.weight", "unet.add_embedding.linear_1.weight"})) {
-        return UnetFamily::sdxl;
-    }
-    if (file.has("cond_stage_model.model.token_embedding.weight")) {
-        return UnetFamily::sd2;
-    }
     // A quantised proj_in is a matrix in any family; then the encoder tells, or the width of what it writes.
     const bool clip_l = file.has("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight");
+    const bool clip_h = file.has("cond_stage_model.model.token_embedding.weight");
+    if (!clip_l && !clip_h &&
+        find_any(file, {"model.diffusion_model.label_emb.0.0.weight", "unet.add_embedding.linear_1.weight"})) {
+        return UnetFamily::sdxl;
+    }
+    if (clip_h) {
+        return UnetFamily::sd2;
+    }
     return proj_in->dims == 4 || clip_l || text->ne[0] == 768 ? UnetFamily::sd1 : UnetFamily::sd2;
 }
 

@@ -33,7 +33,7 @@ class LatentDiffusion : public Pipeline {
   protected:
     struct Kind {
         const char * name; // in messages
-        UnetHeads    heads;
+        UnetKind     unet;
         float        scale;    // of latents, where the file does not tell
         bool         wide_vae; // its activations go beyond f16
     };

@@ -1,4 +1,5 @@
 // Stable Diffusion 1.x: CLIP-L, and a UNet with eight heads at every width.
+#include "families/components.h"
 #include "families/latent_diffusion.h"
 #include "models/clip.h"
 
@@ -8,7 +9,7 @@ namespace {
 class StableDiffusion1 final : public LatentDiffusion {
   public:
     StableDiffusion1(WeightStore & weights, const OpenOptions & options)
-        : LatentDiffusion(weights, options, {"Stable Diffusion 1.x", {8, 0}, 0.18215f, false}),
+        : LatentDiffusion(weights, options, {"Stable Diffusion 1.x", {8, 0, false}, 0.18215f, false}),
           text_scope_(weights.root("cond_stage_model.transformer", "text_encoder")),
           clip_(text_scope_, ClipConfig::read(text_scope_, true, false, "clip_l")) {
         const Checkpoint & file = weights.checkpoint();
@@ -45,6 +46,11 @@ const Family        sd1 = {
     "sd1",
     [](const Checkpoint & file) { return unet_family(file) == UnetFamily::sd1; },
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {
+        check_components(weights.checkpoint(), "Stable Diffusion 1.x",
+                         {{"clip_l",
+                           {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+                            "text_encoder.text_model.embeddings.token_embedding.weight"}},
+                          needed_vae()});
         return std::make_unique<StableDiffusion1>(weights, options);
     },
 };

@@ -1,4 +1,5 @@
 // Stable Diffusion 2.x: OpenCLIP-H up to its last layer but one, and a UNet with heads of 64.
+#include "families/components.h"
 #include "families/latent_diffusion.h"
 #include "models/clip.h"
 #include "nn/dequantise.h"
@@ -13,7 +14,7 @@ constexpr int32_t padding = 0; // "!", which OpenCLIP fills up with
 class StableDiffusion2 final : public LatentDiffusion {
   public:
     StableDiffusion2(WeightStore & weights, const OpenOptions & options)
-        : LatentDiffusion(weights, options, {"Stable Diffusion 2.x", {0, 64}, 0.18215f, false}),
+        : LatentDiffusion(weights, options, {"Stable Diffusion 2.x", {0, 64, false}, 0.18215f, false}),
           text_scope_(weights.root("cond_stage_model.model", "text_encoder")),
           clip_(text_scope_, read_config(text_scope_)) {
         const Checkpoint &              file = weights.checkpoint();
@@ -84,6 +85,11 @@ const Family        sd2 = {
     "sd2",
     [](const Checkpoint & file) { return unet_family(file) == UnetFamily::sd2; },
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {
+        check_components(weights.checkpoint(), "Stable Diffusion 2.x",
+                         {{"clip_h",
+                           {"cond_stage_model.model.token_embedding.weight",
+                            "text_encoder.text_model.embeddings.token_embedding.weight"}},
+                          needed_vae()});
         return std::make_unique<StableDiffusion2>(weights, options);
     },
 };

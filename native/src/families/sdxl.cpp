@@ -1,6 +1,7 @@
 // Stable Diffusion XL: CLIP-L and OpenCLIP-bigG side by side, and a UNet that is told the size of the picture
 // (Podell et al., 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis").
 #include "core/error.h"
+#include "families/components.h"
 #include "families/latent_diffusion.h"
 #include "models/clip.h"
 
@@ -17,7 +18,7 @@ class StableDiffusionXl final : public LatentDiffusion {
   public:
     StableDiffusionXl(WeightStore & weights, const OpenOptions & options)
         : LatentDiffusion(weights, options,
-                          {"Stable Diffusion XL", {0, 64}, 0.13025f, needs_wide_vae(weights.checkpoint())}),
+                          {"Stable Diffusion XL", {0, 64, true}, 0.13025f, needs_wide_vae(weights.checkpoint())}),
           scope_l_(weights.root("conditioner.embedders.0.transformer", "text_encoder")),
           scope_g_(weights.root("conditioner.embedders.1.model", "text_encoder_2")),
           clip_l_(scope_l_, ClipConfig::read(scope_l_, true, false, "clip_l")),
@@ -116,6 +117,14 @@ const Family        sdxl = {
     [](const Checkpoint & file) { return unet_family(file) == UnetFamily::sdxl; },
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {
         refuse_relatives(weights.checkpoint());
+        check_components(weights.checkpoint(), "Stable Diffusion XL",
+                         {{"clip_l",
+                           {"conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
+                            "text_encoder.text_model.embeddings.token_embedding.weight"}},
+                          {"clip_g",
+                           {"conditioner.embedders.1.model.token_embedding.weight",
+                            "text_encoder_2.text_model.embeddings.token_embedding.weight"}},
+                          needed_vae()});
         return std::make_unique<StableDiffusionXl>(weights, options);
     },
 };

@@ -46,7 +46,7 @@ Value SpatialTransformer::operator()(Graph & g, Value x, Value text) const {
     return g.add(x, g.image(proj_out(g, h), ne[0], ne[1]));
 }
 
-Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(heads) {
+Unet::Unet(const Scope & here, const UnetKind & kind) : here_(here), kind_(kind) {
     const Scope          mid_text = here.at("middle_block.1", "mid_block.attentions.0").at("transformer_blocks.0.attn2.to_k");
     const StoredTensor * conv_in = here.at("input_blocks.0.0", "conv_in").find();
     const StoredTensor * conv_out = here.at("out.2", "conv_out").find();
@@ -67,7 +67,7 @@ Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(he
     time_width_ = time1->ne[1];
     context_ = text->ne[0];
     const Scope          label1 = here.at("label_emb.0.0", "add_embedding.linear_1");
-    const StoredTensor * vector = label1.find();
+    const StoredTensor * vector = kind.vector ? label1.find() : nullptr;
     vector_ = vector ? vector->ne[0] : 0;
     if (base_ % 32 != 0) {
         fail(Status::unsupported, "%s has %lld channels; the UNet's norms need a multiple of 32",
@@ -92,7 +92,7 @@ Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(he
 }
 
 SpatialTransformer Unet::transformer(const Scope & here, int64_t width) const {
-    const int64_t heads = heads_.at(width);
+    const int64_t heads = kind_.heads(width);
     if (heads < 1 || width % heads != 0) {
         fail(Status::unsupported, "%s: %lld channels do not divide into %lld heads", here.name().c_str(),
              static_cast<long long>(width), static_cast<long long>(heads));
@@ -103,7 +103,7 @@ SpatialTransformer Unet::transformer(const Scope & here, int64_t width) const {
 std::vector<int64_t> Unet::heads() const {
     std::vector<int64_t> out;
     for (const Level & level : levels_) {
-        out.push_back(heads_.at(level.width));
+        out.push_back(kind_.heads(level.width));
     }
     return out;
 }

@@ -10,11 +10,13 @@
 
 namespace sd {
 
-struct UnetHeads {
-    int64_t count = 0; // heads at every width, or
-    int64_t size = 0;  // width of each head
+// What no shape tells.
+struct UnetKind {
+    int64_t head_count; // heads at every width, or 0 and
+    int64_t head_size;  // the width of each
+    bool    vector;     // takes one for each picture as a whole
 
-    int64_t at(int64_t width) const { return count > 0 ? count : width / size; }
+    int64_t heads(int64_t width) const { return head_count > 0 ? head_count : width / head_size; }
 };
 
 // Two convolutions around a time signal, with a shortcut.
@@ -81,7 +83,7 @@ struct SpatialTransformer {
 class Unet {
   public:
     // Reads its structure from the shapes in the files.
-    Unet(const Scope & here, const UnetHeads & heads);
+    Unet(const Scope & here, const UnetKind & kind);
 
     int64_t input_channels() const { return input_channels_; }
     int64_t output_channels() const { return output_channels_; }
@@ -113,7 +115,7 @@ class Unet {
     void               declare_up();
 
     Scope     here_;
-    UnetHeads heads_;
+    UnetKind  kind_;
     int64_t   input_channels_, base_, time_width_, context_, vector_, output_channels_;
     std::vector<Level> levels_;
 
