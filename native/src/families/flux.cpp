@@ -2,6 +2,7 @@
 // guidance as an input (dev, Fill, Canny, Depth) or to need none (schnell), and an autoencoder of 16 channels.
 #include "core/error.h"
 #include "families/clip_prompt.h"
+#include "families/components.h"
 #include "families/family.h"
 #include "families/t5_text.h"
 #include "models/clip.h"
@@ -129,6 +130,14 @@ const Family        flux = {
     "flux",
     recognises,
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {
+        check_components(weights.checkpoint(), "FLUX.1",
+                         {{"clip_l",
+                           {"text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight",
+                            "text_encoder.text_model.embeddings.token_embedding.weight"}},
+                          {"t5xxl",
+                           {"text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight",
+                            "text_encoder_2.encoder.final_layer_norm.weight"}},
+                          needed_vae()});
         return std::make_unique<Flux1>(weights, options);
     },
 };
