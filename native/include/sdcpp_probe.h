@@ -49,6 +49,15 @@ SD_API bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info
 // CLIP token ids of a text without begin and end, as floats: [n].
 SD_API sd_status sd_probe_clip_tokens(const char * merges_path, const char * text, sd_receive receive, void * user);
 
+// T5's token ids without the end, by the vocabulary in `path`: a spiece.model, a tokenizer.json, or a T5, for which it
+// is looked for as families do: [n].
+SD_API sd_status sd_probe_t5_tokens(const char * path, const char * data_dir, const char * text, sd_receive receive,
+                                    void * user);
+
+// The T5 encoder of a file or folder, on the CPU: ids [n, N], and mask [n, N] or NULL -> [width, n, N].
+SD_API sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_tensor * mask, sd_receive receive,
+                             void * user);
+
 // What torch.randn(n) gives: [n].
 SD_API sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive receive, void * user);
 

@@ -2,8 +2,12 @@
 #include "sdcpp.h"
 #include "sdcpp_probe.h"
 
+#include "checkpoint/diffusers_folder.h"
+#include "checkpoint/gguf.h"
+#include "checkpoint/safetensors.h"
 #include "context.h"
 #include "core/error.h"
+#include "families/t5_text.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
 #include "sampling/schedule.h"
@@ -174,6 +178,21 @@ void give(std::vector<float> values, sd_receive receive, void * user) {
     tensor.ne = {static_cast<int64_t>(values.size()), 1, 1, 1};
     tensor.data = std::move(values);
     give(std::move(tensor), receive, user);
+}
+
+const char * const t5_place = "text_encoders.t5xxl.transformer";
+
+// Of a vocabulary, or of a file or folder with a T5.
+sd::T5Unigram open_t5_tokenizer(const std::string & path, const std::string & data_dir) {
+    const bool is_model = sd::is_folder(path) || [&] {
+        const sd::MappedFile file(path);
+        return sd::is_gguf(file) || sd::is_safetensors(file);
+    }();
+    if (!is_model) {
+        return sd::T5Unigram(sd::read_unigram_vocabulary(path));
+    }
+    sd::WeightStore weights(sd::Checkpoint::open("", {{"t5xxl", path}}));
+    return sd::open_t5_tokenizer(weights.checkpoint(), weights.root(t5_place, ""), data_dir);
 }
 
 } // namespace
@@ -432,6 +451,38 @@ sd_status sd_probe_clip_tokens(const char * merges_path, const char * text, sd_r
         need(text, "text");
         const std::vector<int32_t> ids = sd::ClipBpe(merges_path).encode(text);
         give(std::vector<float>(ids.begin(), ids.end()), receive, user);
+    });
+}
+
+sd_status sd_probe_t5_tokens(const char * path, const char * data_dir, const char * text, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(path, "path");
+        need(text, "text");
+        const auto ids = open_t5_tokenizer(path, or_empty(data_dir)).encode(text);
+        give(std::vector<float>(ids.begin(), ids.end()), receive, user);
+    });
+}
+
+sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_tensor * mask, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(path, "path");
+        need(ids, "ids");
+        sd::Inputs       inputs;
+        const sd::Tensor given = to_tensor(*ids), seen = mask ? to_tensor(*mask) : sd::Tensor();
+        inputs["ids"] = &given;
+        if (mask) {
+            inputs["mask"] = &seen;
+        }
+        sd::WeightStore weights(sd::Checkpoint::open("", {{"t5xxl", path}}));
+        const sd::Scope scope = weights.root(t5_place, "");
+        const sd::T5Encoder encoder(scope, sd::T5Config::read(scope));
+        weights.check();
+        sd::Device device("CPU", 1);
+        weights.load(device);
+        sd::Runner runner(device, weights);
+        give(std::move(runner.run("t5", inputs, [&](sd::Graph & g) {
+                 g.output("out", encoder(g, g.input_ids("ids"), mask ? g.input("mask") : nullptr));
+             }).at("out")), receive, user);
     });
 }
 

@@ -60,6 +60,13 @@ const StoredTensor * Checkpoint::find(const std::string & name) const {
     return found != index_.end() ? &tensors_[found->second] : nullptr;
 }
 
+const StoredArray * Checkpoint::find_array(const MappedFile * file, const std::string & name) const {
+    const auto found = std::find_if(arrays_.begin(), arrays_.end(), [&](const StoredArray & array) {
+        return array.file == file && array.name == name;
+    });
+    return found != arrays_.end() ? &*found : nullptr;
+}
+
 void Checkpoint::verify_unchanged() const {
     for (const auto & file : files_) {
         if (!file->unchanged()) {
@@ -131,7 +138,7 @@ std::vector<StoredTensor> Checkpoint::read(const std::string & path,
     files_.push_back(std::make_unique<MappedFile>(path));
     const MappedFile & file = *files_.back();
     if (is_gguf(file)) {
-        return read_gguf(file, metadata);
+        return read_gguf(file, metadata, arrays_);
     }
     if (is_safetensors(file)) {
         return read_safetensors(file, metadata);

@@ -77,7 +77,7 @@ def clusters() -> Iterator[tuple[str, dict[int, int]]]:
     """What joins its neighbours: superscript two becomes a plain one, with a mark in its cluster loses the mark."""
     normal, mark = t5_normalizer().normalize_str, "\u0316"  # of no character's normal form but its own
     yield "joins_previous", {ord(c): 0 for c in CHARACTERS if ord(c) > 0x7F and mark in normal("\u00b2" + mark + c)}
-    yield "joins_next", {ord(c): 0 for c in CHARACTERS if ord(c) > 0x7F and mark in normal(c + "\u00b2" + mark)}
+    yield "joins_next", {ord(c): 0 for c in CHARACTERS if ord(c) > 0x7F and mark in normal(c + "\u00b2" + mark)[1:]}
     changed = [c for c in CHARACTERS if len(c.encode()) < 4 and normal(c) != c]
     yield "stands_alone", {ord(c): 0 for c in changed if mark in normal(c + mark)}
 

@@ -161,6 +161,9 @@ void T5Unigram::Tables::append_pieces(std::string_view word, std::vector<int32_t
 
 // Spaces become U+2581, each of which begins a run of pieces.
 void T5Unigram::Tables::append_word(std::string_view word, bool prefixed, std::vector<int32_t> & ids) const {
+    if (word.empty()) {
+        return;
+    }
     std::string spaced;
     for (const char byte : word) {
         if (byte == ' ') {
@@ -204,15 +207,15 @@ void T5Unigram::Tables::append_text(std::u32string_view text, bool first, std::v
         while (end < rest.size() && !unicode::is_space(rest[end])) {
             ++end;
         }
-        if (end > at) {
-            append_word(to_utf8(std::u32string_view(rest).substr(at, end - at)), prefixed(at), ids);
-        }
+        append_word(to_utf8(std::u32string_view(rest).substr(at, end - at)), prefixed(at), ids);
     }
 }
 
 T5Unigram::T5Unigram(UnigramVocabulary vocabulary) : tables_(std::make_unique<const Tables>(std::move(vocabulary))) {}
 T5Unigram::~T5Unigram() = default;
 T5Unigram::T5Unigram(T5Unigram &&) noexcept = default;
+
+const std::string & T5Unigram::where() const { return tables_->vocabulary.where; }
 
 int32_t T5Unigram::size() const {
     auto size = static_cast<int32_t>(tables_->vocabulary.pieces.size());

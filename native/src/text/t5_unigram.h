@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -22,7 +23,8 @@ class T5Unigram {
     // to append. `utf8` may hold anything: bytes that are no UTF-8 are replaced as Python's errors="replace" does.
     std::vector<int32_t> encode(std::string_view utf8) const;
 
-    int32_t size() const; // ids are below it
+    int32_t             size() const; // ids are below it
+    const std::string & where() const; // the vocabulary's file
 
   private:
     struct Tables;
