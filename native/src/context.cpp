@@ -159,6 +159,22 @@ void Context::complete(Request & r) const {
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
 
+// A picture to follow is for models and LoRAs that look at one, and those need it.
+void Context::check_control(const Request & r) const {
+    const bool of_lora = loras_.control_inputs() > 0, of_model = pipeline_->extra_input() == ExtraInput::control;
+    if (of_lora && pipeline_->extra_input() != ExtraInput::none) {
+        fail(Status::bad_argument, "a control LoRA is for the plain model; this one has other inputs already");
+    }
+    if ((of_lora || of_model) && !r.control_image) {
+        fail(Status::bad_argument, "%s needs a control_image, a picture of edges or depths to follow: it takes %lld input "
+             "features more than the plain model", of_lora ? "a control LoRA that is in force" : "this model",
+             static_cast<long long>(of_lora ? loras_.control_inputs() : 4 * pipeline_->latent_format().channels));
+    }
+    if (r.control_image && !of_lora && !of_model) {
+        fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
+    }
+}
+
 // ---- what to paint -------------------------------------------------------------------------------------
 
 Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks) {
@@ -294,11 +310,10 @@ Context::Latents Context::start(const Request & r) {
         break;
     }
     case ExtraInput::control:
-        if (!r.control_image) {
-            fail(Status::bad_argument, "this model needs a control_image, a picture of edges or depths to follow");
-        }
-        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
         break;
+    }
+    if (r.control_image) {
+        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
     }
     return out;
 }
@@ -310,6 +325,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     weights_.checkpoint().verify_unchanged();
     complete(r);
     loras_.apply(r.loras);
+    check_control(r);
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
@@ -342,7 +358,8 @@ void Context::generate(Request r, uint8_t * rgb) {
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
-    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
+    const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
+    Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
     if (pipeline_->defaults().guidance > 0) {
         std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
