@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,7 @@ def transformer_shapes(c: TinyFlux) -> Shapes:
     return s
 
 
+@cache
 def components(c: TinyFlux) -> dict[str, Tensors]:
     """All weights by component, as a diffusers folder names them."""
     return {

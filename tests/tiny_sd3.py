@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def component_shapes(c: TinySD3) -> dict[str, Shapes]:
     return parts | {name: shapes for name, shapes in texts.items() if name in c.encoders}
 
 
+@cache
 def components(c: TinySD3) -> dict[str, Tensors]:
     """All weights by component, as a diffusers folder names them."""
     return {component: tiny.weights(component, shapes) for component, shapes in component_shapes(c).items()}

@@ -267,7 +267,8 @@ Context::Latents Context::start(const Request & r) {
         picture = image_from_rgb(r.init_image, r.width, r.height).data;
         out.init = encode_picture(picture, r.width, r.height, tile_for(r));
     }
-    if (r.mask) {
+    // A Fill model sees what is around the mask, and was trained to paint all of the picture.
+    if (r.mask && pipeline_->extra_input() != ExtraInput::fill) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
     const int64_t side = format.reduction, plane = static_cast<int64_t>(r.width) * r.height;
