@@ -159,6 +159,22 @@ void Context::complete(Request & r) const {
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
 
+// A picture to follow is for models and LoRAs that look at one, and those need it.
+void Context::check_control(const Request & r) const {
+    const bool of_lora = loras_.control_inputs() > 0, of_model = pipeline_->extra_input() == ExtraInput::control;
+    if (of_lora && pipeline_->extra_input() != ExtraInput::none) {
+        fail(Status::bad_argument, "a control LoRA is for the plain model; this one has other inputs already");
+    }
+    if ((of_lora || of_model) && !r.control_image) {
+        fail(Status::bad_argument, "%s needs a control_image, a picture of edges or depths to follow: it takes %lld input "
+             "features more than the plain model", of_lora ? "a control LoRA that is in force" : "this model",
+             static_cast<long long>(of_lora ? loras_.control_inputs() : 4 * pipeline_->latent_format().channels));
+    }
+    if (r.control_image && !of_lora && !of_model) {
+        fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
+    }
+}
+
 // ---- what to paint -------------------------------------------------------------------------------------
 
 Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks) {
@@ -177,6 +193,20 @@ Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int cli
     return encoded_.front().conditioning;
 }
 
+// Puts one image's inputs behind those of the images before it.
+static void append_image(Conditioning & all, const Conditioning & one) {
+    for (const auto & [name, tensor] : one.tokens) {
+        Tensor & joined = all.tokens[name];
+        joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
+        append(joined.data, tensor.data);
+    }
+    for (const auto & [name, tensor] : one.vectors) {
+        Tensor & joined = all.vectors[name];
+        joined.ne = {tensor.ne[0], joined.data.empty() ? 1 : joined.ne[1] + 1, 1, 1};
+        append(joined.data, tensor.data);
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -193,14 +223,12 @@ Conditioning Context::condition(const Request & request, bool guided) {
     for (const Prompt * prompt : prompts) {
         chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
     }
-    Conditioning all;
+    const Conditioning picture = pipeline_->describe(request.width, request.height);
+    Conditioning       all;
     for (size_t i = 0; i < prompts.size(); ++i) {
         const size_t image = i % request.batch_size;
-        for (const auto & [name, tensor] : encode_prompt(*prompts[i], image, request.clip_skip, chunks)) {
-            Tensor & joined = all[name];
-            joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
-            append(joined.data, tensor.data);
-        }
+        append_image(all, encode_prompt(*prompts[i], image, request.clip_skip, chunks));
+        append_image(all, picture);
     }
     return all;
 }
@@ -239,7 +267,8 @@ Context::Latents Context::start(const Request & r) {
         picture = image_from_rgb(r.init_image, r.width, r.height).data;
         out.init = encode_picture(picture, r.width, r.height, tile_for(r));
     }
-    if (r.mask) {
+    // A Fill model sees what is around the mask, and was trained to paint all of the picture.
+    if (r.mask && pipeline_->extra_input() != ExtraInput::fill) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
     const int64_t side = format.reduction, plane = static_cast<int64_t>(r.width) * r.height;
@@ -282,11 +311,10 @@ Context::Latents Context::start(const Request & r) {
         break;
     }
     case ExtraInput::control:
-        if (!r.control_image) {
-            fail(Status::bad_argument, "this model needs a control_image, a picture of edges or depths to follow");
-        }
-        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
         break;
+    }
+    if (r.control_image) {
+        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
     }
     return out;
 }
@@ -298,6 +326,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     weights_.checkpoint().verify_unchanged();
     complete(r);
     loras_.apply(r.loras);
+    check_control(r);
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
@@ -330,14 +359,17 @@ void Context::generate(Request r, uint8_t * rgb) {
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
-    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
+    const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
+    Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
     if (pipeline_->defaults().guidance > 0) {
         std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
         inputs["guidance"] = &guidance;
     }
-    for (const auto & [name, tensor] : conditioning) {
-        inputs[name] = &tensor;
+    for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
+        for (const auto & [name, tensor] : *part) {
+            inputs[name] = &tensor;
+        }
     }
     const int  steps = static_cast<int>(sigmas.size()) - 1;
     int        done = 0;
@@ -461,25 +493,35 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         inputs[name] = &tensor;
     }
     const auto skip = given.find("clip_skip");
+    const bool is_text = network == "text" || network == "pooled";
     const auto build = [&](Graph & g) {
-        g.output("out", network == "text"         ? pipeline_->text(g, skip == given.end() ? 1 : static_cast<int>(skip->second.data[0]))
-                        : network == "denoise"    ? pipeline_->denoise(g)
+        if (is_text) {
+            pipeline_->text(g, skip == given.end() ? pipeline_->defaults().clip_skip
+                                                   : static_cast<int>(skip->second.data[0]));
+            return;
+        }
+        g.output("out", network == "denoise"      ? pipeline_->denoise(g)
                         : network == "vae_encode" ? pipeline_->encode_image(g)
                                                   : pipeline_->decode_latent(g));
     };
-    if (network != "text" && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
-        fail(Status::bad_argument, "network '%s' is not known; there are: text, denoise, vae_encode, vae_decode", network.c_str());
+    if (!is_text && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
+        fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
+             network.c_str());
     }
     runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
-    runner_.adapt(network == "text" || network == "denoise" ? loras_.adapters() : nullptr,
-                  network == "text"                   ? loras_.text_strengths(0)
+    runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
+                  is_text                             ? loras_.text_strengths(0)
                   : network == "denoise" && loras_.adapters() ? loras_.denoiser_strengths(0, 1, runs)
                                                       : Tensor());
-    Tensor out = std::move(runner_.run(network, inputs, build).at("out"));
+    auto       outputs = runner_.run(network, inputs, build);
+    const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
     runner_.keep_only("");
-    return out;
+    if (out == outputs.end()) {
+        fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
+    }
+    return std::move(out->second);
 }
 
 } // namespace sd

@@ -90,6 +90,7 @@ class Context {
     };
 
     void         complete(Request & request) const;
+    void         check_control(const Request & request) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);

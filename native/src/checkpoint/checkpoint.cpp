@@ -79,6 +79,9 @@ void Checkpoint::verify_unchanged() const {
 void Checkpoint::add_main() {
     if (!is_folder(path_)) {
         tensors_ = read(path_, metadata_);
+        if (is_bare_denoiser(tensors_)) {
+            rename_component(find_role("model"), tensors_, path_);
+        }
     } else {
         for (const std::string & component : folder_components(path_)) {
             const std::string folder = path_in(path_, component);

@@ -40,8 +40,8 @@ struct StoredArray {
     std::string              bytes() const;
 };
 
-// A component given apart: its role ("model" or "unet", "vae", "clip_l") and its file, or its folder out of a
-// diffusers folder.
+// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h", "t5xxl") and its file, or its
+// folder out of a diffusers folder.
 struct ComponentFile {
     std::string role;
     std::string path;

@@ -27,6 +27,10 @@ const std::vector<Role> & roles() {
              {"diffusion_model.", "diffusion_model.", "model.diffusion_model."},
              {"input_blocks.", "", "model.diffusion_model."},
              {"down_blocks.", "", "unet."},
+             {"transformer.", "transformer.", "transformer."},
+             {"double_blocks.", "", "model.diffusion_model."},
+             {"joint_blocks.", "", "model.diffusion_model."},
+             {"transformer_blocks.", "", "transformer."},
          }},
         {{"vae"},
          "VAE",
@@ -45,9 +49,10 @@ const std::vector<Role> & roles() {
         {{"clip_l"},
          "CLIP-L text encoder",
          false,
-         {"cond_stage_model.", "text_encoder.", "text_encoders.clip_l."},
+         {"cond_stage_model.", "conditioner.embedders.0.", "text_encoder.", "text_encoders.clip_l."},
          {
-             {"cond_stage_model.", "cond_stage_model.", "cond_stage_model."},
+             {"cond_stage_model.transformer.", "cond_stage_model.transformer.", "text_encoder."},
+             {"conditioner.embedders.0.transformer.", "conditioner.embedders.0.transformer.", "text_encoder."},
              {"text_encoder.", "text_encoder.", "text_encoder."},
              {"text_encoders.clip_l.transformer.", "text_encoders.clip_l.transformer.", "text_encoder."},
              {"text_model.", "", "text_encoder."},
@@ -63,6 +68,30 @@ const std::vector<Role> & roles() {
              {"text_encoder_2.encoder.", "text_encoder_2.", T5},
              {"encoder.block.", "", T5},
              {"enc.blk.", "", T5}, // llama.cpp's GGUF files
+         }},
+        {{"clip_g"},
+         "CLIP-G text encoder (OpenCLIP-bigG)",
+         false,
+         {"conditioner.embedders.1.", "text_encoder_2.text_", "text_encoders.clip_g."},
+         {
+             {"conditioner.embedders.1.model.", "conditioner.embedders.1.model.", "conditioner.embedders.1.model."},
+             {"conditioner.embedders.0.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model."},
+             {"text_encoder_2.text_model.", "text_encoder_2.", "text_encoder_2."},
+             {"text_encoders.clip_g.transformer.", "text_encoders.clip_g.transformer.", "text_encoder_2."},
+             {"text_model.", "", "text_encoder_2."},
+             {"embeddings.token_embedding.", "", "text_encoder_2."},
+             {"transformer.resblocks.", "", "conditioner.embedders.1.model."},
+         }},
+        {{"clip_h"},
+         "CLIP-H text encoder (OpenCLIP-H)",
+         false,
+         {"cond_stage_model.", "text_encoder."},
+         {
+             {"cond_stage_model.model.", "cond_stage_model.model.", "cond_stage_model.model."},
+             {"text_encoder.", "text_encoder.", "text_encoder."},
+             {"text_model.", "", "text_encoder."},
+             {"embeddings.token_embedding.", "", "text_encoder."},
+             {"transformer.resblocks.", "", "cond_stage_model.model."},
          }},
     };
     return ROLES;
@@ -160,9 +189,28 @@ std::string rename_component(const Role & role, std::vector<StoredTensor> & tens
          role.what, first.c_str());
 }
 
+bool is_bare_denoiser(const std::vector<StoredTensor> & tensors) {
+    const std::vector<Layout> & layouts = find_role("model").layouts;
+    return std::any_of(tensors.begin(), tensors.end(), [&](const StoredTensor & tensor) {
+        return std::any_of(layouts.begin(), layouts.end(), [&](const Layout & layout) {
+            return *layout.strip == 0 && begins_with(tensor.name, layout.mark);
+        });
+    });
+}
+
 std::string usual_name(const std::string & name) {
     if (begins_with(name, T5)) {
         return T5 + t5_name_of_llama(name.substr(std::string_view(T5).size()));
+    }
+    // ComfyUI's own checkpoints call the original autoencoder "vae".
+    if (begins_with(name, "vae.")) {
+        const std::string_view inner = std::string_view(name).substr(4);
+        for (const char * child : {"encoder.down.", "encoder.mid.", "encoder.norm_out.", "decoder.up.", "decoder.mid.",
+                                   "decoder.norm_out."}) {
+            if (begins_with(inner, child)) {
+                return "first_stage_model." + std::string(inner);
+            }
+        }
     }
     // CLIP's text tower: transformers 5 and some old single files leave "text_model." out.
     for (const std::string_view prefix :

@@ -1,7 +1,10 @@
 // FLUX.1 (Black Forest Labs, 2024): CLIP-L's one vector and T5's tokens, a transformer that was distilled to take its
 // guidance as an input (dev, Fill, Canny, Depth) or to need none (schnell), and an autoencoder of 16 channels.
 #include "core/error.h"
+#include "families/clip_prompt.h"
+#include "families/components.h"
 #include "families/family.h"
+#include "families/t5_text.h"
 #include "models/clip.h"
 #include "models/flux.h"
 #include "models/vae.h"
@@ -14,6 +17,9 @@ class Flux1 final : public Pipeline {
     Flux1(WeightStore & weights, const OpenOptions & options)
         : bpe_(options.data_dir + "/clip_merges.txt"),
           flux_(weights.root("model.diffusion_model", "transformer"), axes(weights.checkpoint())),
+          clip_scope_(weights.root("text_encoders.clip_l.transformer", "text_encoder")),
+          clip_(clip_scope_, ClipConfig::read(clip_scope_, true, false, "clip_l")),
+          t5_(weights.checkpoint(), weights.root("text_encoders.t5xxl.transformer", "text_encoder_2"), options.data_dir),
           vae_(weights.root("first_stage_model", "vae")) {
         weights.check();
         weights.check_all_used({"model.diffusion_model", "transformer"});
@@ -44,16 +50,35 @@ class Flux1 final : public Pipeline {
     }
 
     int count_chunks(const Prompt &) const override { return 1; }
-    int count_tokens(const std::string & text) const override { return static_cast<int>(bpe_.encode(text).size()); }
+    int count_tokens(const std::string & text) const override { return static_cast<int>(t5_.count_tokens(text)); }
 
-    Conditioning encode(Runner &, const Prompt &, int, int) const override {
-        fail(Status::unsupported, "text of FLUX cannot be encoded yet");
+    // The encoders run one after the other, so that their memory is not needed at once.
+    void text(Graph & g, int) const override {
+        if (g.has_input("ids")) {
+            g.output("pooled", clip_.pooled(g, clip_(g, g.input_ids("ids"), 1), g.input_ids("ends")));
+        }
+        if (g.has_input("t5_ids")) {
+            g.output("states", t5_(g));
+        }
     }
 
-    Value text(Graph &, int) const override { fail(Status::unsupported, "text of FLUX cannot be encoded yet"); }
+    // clip_skip means nothing here: CLIP's vector is behind the last layer.
+    Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int) const override {
+        const ClipPrompt clip(bpe_, prompt, ClipBpe::end_token, 1);
+        const TokenChunk tokens = t5_.tokens(prompt, flux_.c.guidance ? 512 : 256);
+        const Tensor     ids = clip.ids(), ends = clip.ends();
+        auto             outputs =
+            runner.run("clip", {{"ids", &ids}, {"ends", &ends}}, [&](Graph & g) { text(g, clip_skip); });
+        Tensor & pooled = outputs.at("pooled");
+        Tensor   states = t5_.encode(runner, tokens);
+        emphasise(states.data.data(), t5_.width(), tokens, 0, t5_.width());
+        pooled.ne[1] = 1; // of the first chunk, which begins the prompt
+        pooled.data.resize(static_cast<size_t>(pooled.ne[0]));
+        return {{{"text", std::move(states)}}, {{"pooled", std::move(pooled)}}};
+    }
 
     Value denoise(Graph & g) const override {
-        return flux_(g, g.input("latent"), g.input("time"), g.input("text"), g.side_by_side(g.input("pooled")),
+        return flux_(g, g.input("latent"), g.input("time"), g.input("text"), g.input("pooled"),
                      flux_.c.guidance ? g.input("guidance") : nullptr);
     }
 
@@ -67,9 +92,12 @@ class Flux1 final : public Pipeline {
     }
     void check_fit(const Checkpoint & file) const;
 
-    ClipBpe bpe_;
-    Flux    flux_;
-    Vae     vae_;
+    ClipBpe    bpe_;
+    Flux       flux_;
+    Scope      clip_scope_;
+    ClipText   clip_;
+    T5Text     t5_;
+    Vae        vae_;
 };
 
 void Flux1::check_fit(const Checkpoint & file) const {
@@ -81,6 +109,12 @@ void Flux1::check_fit(const Checkpoint & file) const {
              static_cast<long long>(in), static_cast<long long>(out), static_cast<long long>(latent),
              static_cast<long long>(latent), static_cast<long long>(2 * latent), static_cast<long long>(fill));
     }
+    if (clip_.c.width != flux_.c.pooled || t5_.width() != flux_.c.context) {
+        fail(Status::unsupported, "%s: the transformer reads text %lld and %lld wide, but CLIP writes %lld and T5 %lld",
+             file.path().c_str(), static_cast<long long>(flux_.c.pooled), static_cast<long long>(flux_.c.context),
+             static_cast<long long>(clip_.c.width), static_cast<long long>(t5_.width()));
+    }
+    check_clip_tokens(file, clip_.c.vocabulary, clip_.c.positions);
 }
 
 // Chroma and other descendants lack or have other modulations, and are told apart by the checks of weights.
@@ -96,6 +130,14 @@ const Family        flux = {
     "flux",
     recognises,
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {
+        check_components(weights.checkpoint(), "FLUX.1",
+                         {{"clip_l",
+                           {"text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight",
+                            "text_encoder.text_model.embeddings.token_embedding.weight"}},
+                          {"t5xxl",
+                           {"text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight",
+                            "text_encoder_2.encoder.final_layer_norm.weight"}},
+                          needed_vae()});
         return std::make_unique<Flux1>(weights, options);
     },
 };

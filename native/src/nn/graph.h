@@ -72,6 +72,10 @@ class Graph {
     Value mask_by_head(Value bias, Value seen = nullptr);
 
     Value concat_channels(Value x, Value y);            // images
+    Value concat_features(Value x, Value y);            // [C, T, N] and [D, T, N] -> [C + D, T, N]
+    Value part(Value x, int64_t first, int64_t n);      // features: [C, T, N] -> [n, T, N], a view
+    Value gather(Value x, Value ids);                   // tokens, counted through all images: [C, T, N] -> [C, ids]
+    Value flatten(Value x, int64_t n);                  // each n rows side by side: [C, n * N] -> [C * n, N]
     Value upsample(Value x, int64_t width, int64_t height); // to this size, nearest
     Value pad(Value x, int right, int bottom);          // zeros behind the last column and row
     Value tokens(Value x);                              // [W, H, C, N] -> [C, W*H, N]
@@ -88,7 +92,6 @@ class Graph {
     Value chunk(Value vectors, int64_t index, int64_t width);   // [n * width, N] -> the index-th [width, 1, N]
     Value modulate(Value x, Value shift, Value scale);          // x (1 + scale) + shift; those are [C, 1, N]
     Value add_gated(Value x, Value y, Value gate);              // x + gate y
-    Value part(Value x, int64_t first, int64_t n);              // features: [C, T, N] -> [n, T, N], a view
     Value by_heads(Value x, int64_t heads);                     // [C, T, N] -> [C / heads, heads, T, N], a view
     Value side_by_side(Value x);                                // its inverse
     Value token_range(Value x, int64_t first, int64_t n);       // [C, T, N] -> [C, n, N], a view

@@ -92,6 +92,14 @@ Value Graph::kronecker(Value a, Value b, Value x, Value like) {
 
 Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Value x) {
     x = ggml_is_contiguous(x) ? x : ggml_cont(ctx_, x);
+    Value whole = x; // with what control LoRAs see behind the weight's own inputs
+    if (adapter.down && adapter.down->ne[0] > weight->ne[0]) {
+        if (x->ne[0] != adapter.down->ne[0]) {
+            fail(Status::bad_argument, "%lld input features for '%s', where a control LoRA takes %lld: it needs a control_image",
+                 static_cast<long long>(x->ne[0]), weight->name.c_str(), static_cast<long long>(adapter.down->ne[0]));
+        }
+        x = ggml_cont(ctx_, part(x, 0, weight->ne[0]));
+    }
     const auto factor = [&](const Adapter::Vectors & vectors, Value of) { // 1 + sum
         return over_tokens(ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f),
                            of);
@@ -107,7 +115,7 @@ Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Valu
         y = ggml_mul_mat(ctx_, weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
     }
     if (adapter.up) {
-        Value inner = ggml_mul_mat(ctx_, adapter.down, x); // [R, T, N]
+        Value inner = ggml_mul_mat(ctx_, adapter.down, whole); // [R, T, N]
         inner = ggml_mul(ctx_, inner, token_strengths(adapter.strengths, inner->ne[0], inner));
         y = ggml_add(ctx_, y, ggml_mul_mat(ctx_, adapter.up, inner));
     }

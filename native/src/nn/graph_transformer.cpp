@@ -39,10 +39,6 @@ Value Graph::modulate(Value x, Value shift, Value scale) {
 
 Value Graph::add_gated(Value x, Value y, Value gate) { return ggml_add(ctx_, x, ggml_mul(ctx_, y, gate)); }
 
-Value Graph::part(Value x, int64_t first, int64_t n) {
-    return ggml_view_3d(ctx_, x, n, x->ne[1], x->ne[2], x->nb[1], x->nb[2], static_cast<size_t>(first) * x->nb[0]);
-}
-
 Value Graph::by_heads(Value x, int64_t heads) {
     const int64_t size = x->ne[0] / heads;
     return ggml_view_4d(ctx_, x, size, heads, x->ne[1], x->ne[2], static_cast<size_t>(size) * x->nb[0], x->nb[1],

@@ -69,7 +69,7 @@ class Scope {
     const Weight * table(const char * leaf, int64_t width, int64_t rows) const;
     // One weight here, and in diffusers' layout several below this place, by leaf: resident in one piece.
     const Weight * fused(const char * leaf, const Shape & ne, std::vector<WeightPart> parts) const;
-    // A matrix [in, out] that diffusers' layout has as such, and single files as [out, in].
+    // A matrix [in, out] that diffusers' layout has below this place, and single files as [out, in] right here.
     const Weight * turned(const Shape & ne) const;
 
     // The same place, whose weights below it are declared `wide`.
