@@ -93,6 +93,9 @@ def generate(
     clip_h: Annotated[Path | None, typer.Option(help="SD 2.x's text encoder, likewise.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of products on the CPU: f32, bf16 or auto. [default: auto]")
+    ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
@@ -144,6 +147,7 @@ def generate(
                 clip_h=clip_h or _known("clip-h", like, told.clip_h, told.clip_h_hash),
                 backend=backend,
                 threads=threads,
+                precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
                 lora_dir=lora_dir,
                 lora_mode=lora_mode,
