@@ -332,7 +332,7 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     request.rng = sd::rng_names().front().c_str();
     request.eta = -1;
     request.clip_skip = defaults.clip_skip;
-    request.strength = 1;
+    request.strength = defaults.strength;
     return request;
 }
 
