@@ -80,8 +80,6 @@ def unet_name(name: str, model: tiny.TinySD1) -> str:
     import lora_files
 
     module, _, leaf = name.rpartition(".")
-    if module.startswith("add_embedding."):
-        return {"linear_1": "label_emb.0.0", "linear_2": "label_emb.0.2"}[module.split(".")[1]] + f".{leaf}"
     return f"{lora_files.original(f'unet.{module}', model)}.{leaf}"
 
 

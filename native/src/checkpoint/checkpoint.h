@@ -1,4 +1,5 @@
-// A model's files as one table of named tensors. Files are mapped, never read whole; nothing is converted.
+// A model's files as one table of named tensors. Files are mapped, not read, unless they may vanish; nothing is
+// converted.
 #pragma once
 
 #include "core/dtype.h"
@@ -55,8 +56,10 @@ class Checkpoint {
     // "cond_stage_model.…"); tensors of a diffusers folder, and of component files in that layout, are
     // prefixed by their component ("unet.", "vae.", "text_encoder."). A component given apart replaces the
     // one inside `path`; `path` may be "" where all that is needed is given apart.
-    // Throws Error(bad_file / unsupported / io / bad_argument).
-    static Checkpoint open(const std::string & path, const std::vector<ComponentFile> & components = {});
+    // `in_ram` reads the files into memory of our own instead of mapping them.
+    // Throws Error(bad_file / unsupported / io / bad_argument / out_of_memory).
+    static Checkpoint open(const std::string & path, const std::vector<ComponentFile> & components = {},
+                           bool in_ram = false);
 
     const std::string & path() const { return path_; }
 
@@ -75,8 +78,9 @@ class Checkpoint {
     // Null if the file's metadata have no list of that name.
     const StoredArray * find_array(const MappedFile * file, const std::string & name) const;
 
-    // Throws if a file has become shorter or newer since it was opened: its mapping can't be trusted then.
-    void verify_unchanged() const;
+    // Throws if a mapped file has become shorter or newer since it was opened: it can't be trusted then.
+    // `since` ends the sentence "was changed on disk while", with the next step.
+    void verify_unchanged(const char * since) const;
 
   private:
     void                      add_main();
@@ -85,6 +89,7 @@ class Checkpoint {
     void                      build_index();
 
     std::string                              path_;
+    bool                                     in_ram_ = false;
     std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<StoredTensor>                tensors_;
     std::unordered_map<std::string, size_t>  index_;

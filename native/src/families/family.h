@@ -23,6 +23,7 @@ struct Defaults {
     const char * scheduler;
     int          clip_skip;
     float        guidance = 0; // what a network distilled for guidance is told; 0: it takes none
+    float        strength = 0.75f;
 };
 
 // What the denoiser's output means: the noise, v, or of a rectified flow the noise minus the clean latent.

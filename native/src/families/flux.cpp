@@ -28,8 +28,10 @@ class Flux1 final : public Pipeline {
 
     Defaults defaults() const override {
         const bool  conditioned = extra_input() != ExtraInput::none;
-        const float guidance = !flux_.c.guidance ? 0.0f : extra_input() == ExtraInput::fill ? 30.0f : conditioned ? 10.0f : 3.5f;
-        return {!flux_.c.guidance ? 4 : conditioned ? 50 : 28, 1.0f, "euler", "simple", 1, guidance};
+        const bool  fills = extra_input() == ExtraInput::fill;
+        const float guidance = !flux_.c.guidance ? 0.0f : fills ? 30.0f : conditioned ? 10.0f : 3.5f;
+        const int   steps = !flux_.c.guidance ? 4 : conditioned ? 50 : 28;
+        return {steps, 1.0f, "euler", "simple", 1, guidance, fills ? 1.0f : 0.75f};
     }
 
     Prediction   prediction() const override { return Prediction::flow; }

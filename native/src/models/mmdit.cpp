@@ -156,7 +156,7 @@ Value Mmdit::operator()(Graph & g, Value latent, Value timesteps, Value text, Va
     const Shape ne = Graph::shape(latent);
     Value       vec = g.silu(g.add(time_in_(g, g.timestep_embedding(timesteps, time_features)), pooled_in_(g, pooled)));
     Value       text_tokens = text_in_(g, text);
-    Value       x = g.add(g.tokens(image_in_(g, latent)), positions(g, ne[0] / 2, ne[1] / 2));
+    Value       x = g.add(g.tokens(image_in_(g, g.picture(latent))), positions(g, ne[0] / 2, ne[1] / 2));
     for (const MmditBlock & block : blocks_) {
         block(g, x, text_tokens, vec);
     }

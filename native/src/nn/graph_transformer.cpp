@@ -1,6 +1,7 @@
 // Operations of diffusion transformers (FLUX, SD3), composed of ggml's own.
 #include "core/error.h"
 #include "nn/graph.h"
+#include "nn/kernel_nodes.h"
 #include "nn/weights.h"
 
 #include <ggml.h>
@@ -17,15 +18,19 @@ Value Graph::gelu_tanh(Value x) {
 
 Value Graph::scaled(Value x, float factor) { return ggml_scale(ctx_, x, factor); }
 
-Value Graph::normalise(Value x, float eps) { return ggml_norm(ctx_, x, eps); }
+Value Graph::normalise(Value x, float eps) {
+    return kernels_ ? kernels_->row_norm(x, nullptr, nullptr, eps, false) : ggml_norm(ctx_, x, eps);
+}
 
 Value Graph::rms_norm(const Weight * weight, Value x, float eps) {
     Value scale = vector(weight);
-    if (scale->ne[1] > 1) { // an adapter's, another per image
-        scale = x->ne[3] == scale->ne[1] ? ggml_reshape_4d(ctx_, scale, scale->ne[0], 1, 1, scale->ne[1])
-                                         : over_tokens(scale, x);
+    if (kernels_) {
+        return kernels_->row_norm(x, scale, nullptr, eps, true);
     }
-    return ggml_mul(ctx_, ggml_rms_norm(ctx_, x, eps), scale);
+    if (scale->ne[1] > 1 && x->ne[3] == scale->ne[1]) { // of an adapter, another per image, over heads
+        scale = ggml_reshape_4d(ctx_, scale, scale->ne[0], 1, 1, scale->ne[1]);
+    }
+    return ggml_mul(ctx_, ggml_rms_norm(ctx_, x, eps), scale->ne[3] > 1 ? scale : over_tokens(scale, x));
 }
 
 Value Graph::chunk(Value vectors, int64_t index, int64_t width) {

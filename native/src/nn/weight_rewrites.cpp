@@ -1,5 +1,5 @@
 // Weights that adapters change: a private tensor in the place of the file's mapping, written as floats and
-// given back without a trace. The mapped file is the base; nothing of it is ever written.
+// given back without a trace. The file, mapped or in RAM, is the base; nothing of it is ever written.
 #include "core/error.h"
 #include "core/half.h"
 #include "nn/device.h"
@@ -27,7 +27,6 @@ struct WeightStore::Rewrites {
     };
     std::unordered_map<const Weight *, Private> privates;
     std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
-    std::unordered_map<const Weight *, std::vector<uint8_t>> kept;
     std::mutex device; // one transfer at a time
 };
 
@@ -90,13 +89,6 @@ std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const
     for (const StoredRows & piece : weight.pieces) {
         const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row, piece.tensor->scale};
         out.push_back({before.type, before.data + before.bytes(), piece.rows * row, before.scale});
-    }
-    if (rewrites_ && rewrites_->kept.count(&weight) > 0) {
-        const uint8_t * at = rewrites_->kept.at(&weight).data();
-        for (Piece & piece : out) {
-            piece.data = at;
-            at += piece.bytes();
-        }
     }
     return out;
 }
@@ -217,29 +209,12 @@ void WeightStore::restore(const Weight & weight) {
         return;
     }
     const auto own = rewrites_->privates.find(&weight);
-    const auto kept = rewrites_->kept.find(&weight);
-    if (kept != rewrites_->kept.end()) { // the mapping is not to be trusted: the copy's bytes stay resident
-        const ggml_type loaded =
-            own == rewrites_->privates.end() ? weight.tensor->type : own->second.loaded->type;
-        make_private(weight, loaded);
-        convert(weight);
-    } else if (own != rewrites_->privates.end()) {
+    if (own != rewrites_->privates.end()) {
         const_cast<Weight &>(weight).tensor = own->second.loaded;
         rewrites_->privates.erase(own);
         ++epoch_;
     } else if (rewrites_->overwritten.erase(&weight) > 0) {
         convert(weight);
-    }
-}
-
-void WeightStore::keep_base(const Weight & weight) {
-    if (!rewrites_) {
-        rewrites_ = std::make_shared<Rewrites>();
-    }
-    const std::vector<Piece> from = pieces(weight);
-    auto [kept, is_new] = rewrites_->kept.try_emplace(&weight);
-    for (size_t i = 0; is_new && i < from.size(); ++i) {
-        kept->second.insert(kept->second.end(), from[i].data, from[i].data + from[i].bytes());
     }
 }
 
