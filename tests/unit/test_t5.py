@@ -15,7 +15,7 @@ from cases_t5 import LOUD, STATES, T5
 from closeness import assert_close
 from safetensors.numpy import save_file
 
-from sdcpp_py import BadFile, Unsupported, _native
+from sdcpp_py import BadFile, Io, Unsupported, _native
 from sdcpp_py.files import data_dir
 
 HERE = Path(__file__).parents[1] / "golden"
@@ -125,3 +125,35 @@ def test_ids_are_those_of_tokenizers(vocabularies, place):
     got = ids_of(vocabularies / place, joined)
     want = [id for _, ids in texts for id in [*ids, 3, 226]][:-2]
     assert got == want
+
+
+@pytest.mark.parametrize(
+    ("tokens", "scores", "kinds", "message"),
+    [
+        (["<unk>", "a"], [0.0], [2, 1], "2 tokens, 1 scores and 2 types"),
+        (["<unk>", "a"], [0.0, -1.0], [2], "2 tokens, 2 scores and 1 types"),
+        (["<unk>", "a"], [0.0, -1.0], [2, 7], "token 1 of its tokenizer is of the unknown type 7"),
+        (["<unk>", "a"], [0.0, -1.0], [1, 1], "no piece for what is unknown"),
+        (["<unk>", "a"], [0.0, float("nan")], [2, 1], "'a' has the score nan"),
+        ([1, 2], [0.0, -1.0], [2, 1], "0 tokens"),
+    ],
+)
+def test_a_damaged_vocabulary_of_a_gguf_file_is_refused(tmp_path, tokens, scores, kinds, message):
+    writer = gguf.GGUFWriter(tmp_path / "t5.gguf", arch="t5encoder")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    for name, values in tiny_t5.weights(T5).items():
+        writer.add_tensor(tiny_t5.llama_name(name), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(BadFile, match=message):
+        ids_of(tmp_path / "t5.gguf", "a")
+
+
+def test_the_vocabulary_that_ships_may_be_missing(tmp_path):
+    tiny_t5.write_folder(T5, tmp_path)
+    with pytest.raises(Io, match=r"t5_spiece\.model"):
+        _native.probe_t5_tokens(str(tmp_path), "a", str(tmp_path))
