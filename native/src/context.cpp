@@ -166,6 +166,10 @@ void Context::complete(Request & r) const {
         r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
+    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
+        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
+             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
+    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
