@@ -1,4 +1,4 @@
-"""The command line: sdcpp generate, info, doctor.
+"""The command line: sdcpp generate, info, bench, doctor.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
@@ -6,8 +6,9 @@ An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 
 import contextlib
 import itertools
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,8 +16,9 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
-from . import __version__, _native, doctor, files
+from . import __version__, _native, bench, doctor, files
 from .context import SDContext
 from .errors import BadArgument, BadFile, Io, SdcppError, Unsupported
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
@@ -291,6 +293,47 @@ def _model_rows(path: Path) -> Iterator[tuple[str, str]]:
     yield "hash", files.model_hash(path) or "none"
 
 
+@app.command(name="bench")
+def _bench(
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: ours]")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side. [default: the model's own]")] = None,
+    steps: Annotated[int, typer.Option(help="Of the picture, at least 2.", min=2)] = 4,
+    precision: Annotated[str, typer.Option(help="f32, bf16 or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes as well.")] = False,
+) -> None:
+    """Measure how long a model takes here."""
+    _log(verbose=False)
+    with _one_sentence():
+        begin = time.perf_counter()
+        with SDContext(model, precision=precision, threads=threads) as sd_ctx, _progress(quiet=False) as on_step:
+            opened = time.perf_counter() - begin
+            info = sd_ctx.info
+            timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
+            costs = bench.profile(sd_ctx, size=size) if profile else []
+    memory = "unknown" if timing.peak_memory is None else f"{timing.peak_memory / 1e9:.2f} GB"
+    rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
+    for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
+        rows.append((name, f"{seconds:.3f} s"))
+    _print_rows(rows)
+    if costs:
+        Console().print(_cost_table(costs))
+
+
+def _cost_table(costs: Sequence[bench.Operation]) -> Table:
+    table = Table(
+        "network", "operation", *(Column(name, justify="right") for name in ("count", "ms", "share", "GFLOP/s"))
+    )
+    total = sum(cost.seconds for cost in costs)
+    for cost in costs:
+        rate = f"{cost.flops / cost.seconds / 1e9:.0f}" if cost.flops and cost.seconds else ""
+        share = f"{cost.seconds / total:.1%}"
+        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, rate)
+    return table
+
+
 @app.command(name="doctor")
 def _doctor() -> None:
     """Show versions, processor, devices, and how to get a faster build."""
@@ -298,8 +341,8 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             _print_rows(rows)
-        typer.echo("A build of ggml for this very machine is faster than the one that pip installs:")
-        typer.echo(f"  {doctor.faster_build()}")
+        typer.echo("The processor's kernels are chosen by themselves. For a graphics card, build ggml with its backend:")
+        typer.echo(f"  {doctor.build_for_cards()}")
 
 
 # ---- shared --------------------------------------------------------------------------------------------

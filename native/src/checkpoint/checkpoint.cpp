@@ -2,6 +2,7 @@
 
 #include "checkpoint/component.h"
 #include "checkpoint/diffusers_folder.h"
+#include "checkpoint/fp8_scales.h"
 #include "checkpoint/gguf.h"
 #include "checkpoint/safetensors.h"
 #include "core/error.h"
@@ -52,6 +53,7 @@ Checkpoint Checkpoint::open(const std::string & path, const std::vector<Componen
     for (const ComponentFile & component : components) {
         out.add_component(component);
     }
+    take_scales(out.tensors_);
     out.build_index();
     return out;
 }

@@ -23,6 +23,7 @@ struct StoredTensor {
     const MappedFile * file;   // owned by the checkpoint
     size_t             offset; // into the file
     size_t             bytes;
+    float              scale = 1; // what the elements are multiplied by, of 8-bit floats; see fp8_scales.h
 
     const uint8_t * data() const { return file->data() + offset; }
 };

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <unordered_map>
 #include <unordered_set>
 
 namespace sd {
@@ -216,6 +217,40 @@ StoredTensor read_tensor(Cursor & cursor, uint64_t alignment) {
     return tensor;
 }
 
+// ComfyUI-GGUF quantises tensors whose rows are no whole blocks as if they had other rows, and keeps their shape, the
+// slowest dimension first, in the metadata.
+void take_original_shapes(std::vector<StoredTensor> & tensors, const MappedFile & file,
+                          const std::vector<StoredArray> & arrays) {
+    constexpr std::string_view                            KEY = "comfy.gguf.orig_shape.";
+    constexpr uint64_t                                    MOST = 16; // dimensions
+    std::unordered_map<std::string, const StoredArray *> shapes;
+    for (const StoredArray & array : arrays) {
+        if (array.file == &file && array.name.compare(0, KEY.size(), KEY) == 0) {
+            shapes.emplace(array.name.substr(KEY.size()), &array);
+        }
+    }
+    for (StoredTensor & tensor : tensors) {
+        const auto found = shapes.find(tensor.name);
+        if (found == shapes.end()) {
+            continue;
+        }
+        const std::vector<double> lengths = found->second->n <= MOST ? found->second->numbers() : std::vector<double>();
+        std::vector<uint64_t>     turned;
+        for (auto length = lengths.rbegin(); length != lengths.rend(); ++length) {
+            turned.push_back(*length >= 1 && *length < 0x1p53 ? static_cast<uint64_t>(*length) : 0);
+        }
+        StoredTensor as_bytes = tensor;
+        as_bytes.type = DType::u8; // which any shape is possible for
+        if (!set_shape(as_bytes, turned) || count(as_bytes.ne) != count(tensor.ne)) {
+            fail(Status::bad_file, "%s: tensor '%s' has %s elements, but its shape is said to have been %s; the file is damaged",
+                 file.path().c_str(), printable(tensor.name).c_str(),
+                 grouped(static_cast<uint64_t>(count(tensor.ne))).c_str(), shape_text(turned).c_str());
+        }
+        tensor.dims = as_bytes.dims;
+        tensor.ne = as_bytes.ne;
+    }
+}
+
 void check_placement(const MappedFile & file, const std::vector<StoredTensor> & tensors) {
     std::vector<const StoredTensor *> order;
     for (const StoredTensor & tensor : tensors) {
@@ -316,6 +351,7 @@ std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::strin
         tensor.offset += data_begin; // no overflow: its offset and bytes are below 2⁶³ together
     }
     check_placement(file, tensors);
+    take_original_shapes(tensors, file, arrays);
     return tensors;
 }
 

@@ -10,8 +10,9 @@ class Activate final : public Operation {
     Activate(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, Activation activation)
         : Operation(kernel_set, threads), x_(x), activation_(activation) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor * x_;
@@ -24,8 +25,9 @@ class Add final : public Operation {
     Add(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, ggml_tensor * y)
         : Operation(kernel_set, threads), x_(x), y_(y) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor *x_, *y_;
@@ -37,8 +39,9 @@ class ConcatChannels final : public Operation {
     ConcatChannels(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, ggml_tensor * y)
         : Operation(kernel_set, threads), x_(x), y_(y) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor *x_, *y_;
@@ -50,8 +53,9 @@ class Resize final : public Operation {
     Resize(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, int64_t width, int64_t height)
         : Operation(kernel_set, threads), x_(x), width_(width), height_(height) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
     ggml_tensor * x() const { return x_; }
     int64_t       width() const { return width_; }

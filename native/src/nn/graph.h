@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct ggml_cgraph;
@@ -115,6 +116,9 @@ class Graph {
     Value from_patches(Value x, int64_t width, int64_t height, bool channels_first);
 
     static Shape shape(Value value);
+
+    // What a node of the graph is, and how many additions and multiplications it makes, where these count.
+    std::pair<std::string, double> describe(const ggml_tensor * node) const;
 
     struct Constant {
         Value  value;
