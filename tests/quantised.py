@@ -62,7 +62,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> P
     for name, values in tensors.items():
         fits = not name.startswith("first_stage_model.") and "text_projection" not in name and _fits(values, kind)
         as_kind = "f32" if values.ndim < 2 else kind if fits else "f16"
-        stored, _ = _store(name, np.atleast_1d(values), as_kind)
+        stored, _ = store(name, np.atleast_1d(values), as_kind)
         writer.add_tensor(name, stored, raw_dtype=None if as_kind in ("f32", "f16") else _GGML[as_kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

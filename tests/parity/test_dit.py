@@ -1,4 +1,4 @@
-"""FLUX.1 and SD3 against diffusers, live: networks in float32 and with f16 weights, whole runs, names of single files."""
+"""FLUX.1 and SD3 against diffusers, live: networks, f16 weights, whole runs, and the names of single files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Callable[[cases_dit.Model
 def test_a_network_matches_diffusers(case: cases_dit.Case, dit: Callable[..., SDContext], truth: Any) -> None:
     """Float32 on both sides: what remains is the order of sums, some 1e-6 over a few dozen layers."""
     want = truth(case.model).network(case)
-    assert_close(_native.probe_run(dit(case.model)._native, case.network, **case.inputs).reshape(want.shape), want, 1e-5)
+    assert_close(
+        _native.probe_run(dit(case.model)._native, case.network, **case.inputs).reshape(want.shape), want, 1e-5
+    )
 
 
 @pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[3], NETWORKS[7]], ids=lambda case: case.name)

@@ -161,8 +161,10 @@ def test_kinds_on_parts_of_fused_weights(
         lies_as(dit(model, storage=storage), model, path, want)
 
 
-def test_each_part_has_its_own_rank_and_alpha(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
-    """Case 26: scales of 1, 1/4 and 1 on rows of one matrix."""
+def test_case_26_each_part_has_its_own_rank_and_alpha(
+    dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path
+) -> None:
+    """Scales of 1, 1/4 and 1 on rows of one matrix."""
     block = "single_transformer_blocks.0."
     update: Update = {}
     for part, rank, alpha in (("attn.to_q", 8, 8.0), ("attn.to_k", 16, 4.0), ("proj_mlp", 4, None)):
@@ -174,8 +176,15 @@ def test_each_part_has_its_own_rank_and_alpha(dit: Opens, dit_with: Callable[...
     lies_as(dit(FLUX), FLUX, path, want)
 
 
-def test_split_training_of_kohya(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
-    """Case 28: stacked downs and a block-diagonal up with the alpha of one part are read as they stand."""
+def test_case_27_a_fused_pair_on_split_weights(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+    """A diffusers folder has q, k, v and the MLP apart; in memory they are one, as the LoRA is."""
+    update = lora_dit.random_update(FLUX, ["single_blocks.0.linear1"])
+    want = denoise(dit_with(FLUX, lora_dit.merged(FLUX, (update, 1.0))), FLUX)
+    lies_as(dit(FLUX), FLUX, lora_dit.write(kohya()(update), tmp_path / "fused.safetensors"), want)
+
+
+def test_case_28_split_training_of_kohya(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+    """Stacked downs and a block-diagonal up with the alpha of one part are read as they stand."""
     rng, h, r = np.random.default_rng(3), FLUX.hidden, 4
     up = np.zeros((3 * h, 3 * r), np.float32)
     for i in range(3):
@@ -188,8 +197,8 @@ def test_split_training_of_kohya(dit: Opens, dit_with: Callable[..., SDContext],
     lies_as(dit(FLUX), FLUX, lora_dit.write(kohya()(update), tmp_path / "split.safetensors"), want)
 
 
-def test_processors_of_xlabs(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
-    """Case 40: qkv_lora2 is the text's, and of a single block's linear1 its q, k and v."""
+def test_case_40_processors_of_xlabs(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+    """qkv_lora2 is the text's, and of a single block's linear1 its q, k and v."""
     h = FLUX.hidden
     paths = ["double_blocks.0.txt_attn.qkv", "double_blocks.0.img_attn.proj", "single_blocks.0.linear1"]
     update = lora_dit.random_update(FLUX, paths, without_alpha)
@@ -208,8 +217,8 @@ def test_processors_of_xlabs(dit: Opens, dit_with: Callable[..., SDContext], tmp
     lies_as(dit(FLUX), FLUX, lora_dit.write(tensors, tmp_path / "xlabs.safetensors"), want)
 
 
-def test_t5_is_meant_by_whatever_number(dit: Opens, tmp_path: Path) -> None:
-    """Case 37: kohya counts FLUX's T5 as te3, OneTrainer as te2; where a LoRA's T5 is not there, that is no mistake."""
+def test_case_37_t5_is_meant_by_whatever_number(dit: Opens, tmp_path: Path) -> None:
+    """kohya counts FLUX's T5 as te3, OneTrainer as te2; where a LoRA's T5 is not there, that is no mistake."""
     rng = np.random.default_rng(0)
     stem = "encoder_block_0_layer_0_SelfAttention_q"
     factors = {"lora_down.weight": rng.standard_normal((4, FLUX.context)).astype(np.float32),
@@ -226,8 +235,7 @@ def test_guidance_of_a_lora_for_dev_is_absent_from_schnell(dit: Opens, tmp_path:
     assert (len(report.applied), report.unmatched, len(report.absent)) == (2, [], 3)
 
 
-def test_a_lora_of_the_other_family_is_refused(dit: Opens, tmp_path: Path) -> None:
-    """Case 42."""
+def test_case_42_a_lora_of_the_other_family_is_refused(dit: Opens, tmp_path: Path) -> None:
     update = lora_dit.random_update(SD3, matrices(SD3))
     path = lora_dit.write(kohya()(update), tmp_path / "sd3.safetensors")
     with pytest.raises(BadFile, match="SD3"):
@@ -270,8 +278,10 @@ def write_gguf(weights: Tensors, path: Path, kind: gguf.GGMLQuantizationType) ->
 
 # The truth multiplies in float32 what the engine multiplies as the type asks, with activations in f16 or 8 bits.
 @pytest.mark.parametrize(("kind", "tolerance"), [("F16", 5e-3), ("Q8_0", 2e-2), ("Q4_0", 2e-2)])
-def test_turbo_alpha_on_fill(kind: str, tolerance: float, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
-    """Case 32: the first 64 of 384 input features change, and nothing is left when the prompt drops it."""
+def test_case_32_turbo_alpha_on_fill(
+    kind: str, tolerance: float, dit_with: Callable[..., SDContext], tmp_path: Path
+) -> None:
+    """The first 64 of 384 input features change, and nothing is left when the prompt drops it."""
     file, meant = write_gguf(lora_dit.original(FLUX_FILL), tmp_path / "fill.gguf", gguf.GGMLQuantizationType[kind])
     update = turbo()
     path = lora_dit.write(peft("transformer.")(update), tmp_path / "turbo.safetensors")
@@ -295,6 +305,22 @@ def test_turbo_alpha_on_fill_in_f32_is_exact(dit_with: Callable[..., SDContext],
     lies_as(dit(FLUX_FILL), FLUX_FILL, path, want, 0.5)
 
 
+def test_case_35_a_narrower_lora_beside_another(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+    """One of all 384 input features and one of 64; when the first goes the second is exact."""
+    update = turbo()
+    whole = lora_dit.random_update(FLUX_FILL, ["img_in", "txt_in"], seed=5)
+    first = lora_dit.write(kohya()(whole), tmp_path / "fill.safetensors")
+    second = lora_dit.write(peft("transformer.")(update), tmp_path / "turbo.safetensors")
+    both = denoise(dit_with(FLUX_FILL, lora_dit.merged(FLUX_FILL, (whole, 0.6), (update, 1.0))), FLUX_FILL)
+    alone = denoise(dit_with(FLUX_FILL, lora_dit.merged(FLUX_FILL, (update, 1.0))), FLUX_FILL)
+    context = dit(FLUX_FILL)
+    context.apply_loras([(str(first), 0.6), (str(second), 1.0)])
+    assert_close(denoise(context, FLUX_FILL), both, TOLERANCE)
+    context.apply_loras([(str(second), 1.0)])
+    assert_close(denoise(context, FLUX_FILL), alone, TOLERANCE)
+    context.apply_loras([])
+
+
 def control() -> tuple[Tensors, Update]:
     """As FLUX.1-Canny-dev-lora: 128 input features, biases of the ups, and new values of norms."""
     rng = np.random.default_rng(8)
@@ -307,8 +333,10 @@ def control() -> tuple[Tensors, Update]:
     return tensors, {"img_in": wide, **update}
 
 
-def test_a_control_lora_widens_the_input_of_dev(dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
-    """Cases 33 and 34: as the Control model that it makes of dev; refused without a picture; no trace afterwards."""
+def test_cases_33_and_34_a_control_lora_widens_the_input_of_dev(
+    dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path
+) -> None:
+    """As the Control model that it makes of dev; refused without a picture; no trace afterwards."""
     tensors, update = control()
     path = lora_dit.write(tensors, tmp_path / "canny.safetensors")
     widened = lora_dit.original(FLUX)
@@ -329,7 +357,7 @@ def test_a_control_lora_widens_the_input_of_dev(dit: Opens, dit_with: Callable[.
         got, want = (_native.probe_latent(c._native) for c in (context, truth))
         assert_close(got, want, 1e-4)
 
-    with pytest.raises(BadArgument, match="needs a control_image"):
+    with pytest.raises(BadArgument, match="128 input features, where the plain model has 64: it needs a control_image"):
         context.generate("a heart", loras=[(str(path), 1.0)], **request)
     with pytest.raises(BadArgument, match="neither the model nor a LoRA"):
         context.generate("a heart", control_image=picture, **request)
