@@ -93,7 +93,9 @@ def generate(
     rng: Annotated[str | None, typer.Option(help=f"Whose noise: {', '.join(_native.rngs())}.")] = None,
     eta: Annotated[float | None, typer.Option(help="Share of fresh noise. [default: the sampler's own]")] = None,
     init_image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far to go away from it, 0 to 1. [default: the model's own]")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to go away from it, 0 to 1. [default: the model's own]")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
     control_image: Annotated[Path | None, typer.Option(help="Edges or depths to follow, for models that do.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,

@@ -103,7 +103,12 @@ RUNS = [
     Run("flux-fill", FLUX_FILL, "FluxFillPipeline", {"init_image": PICTURE, "mask": MASK, "strength": 1.0}),
     Run("flux-control", FLUX_CONTROL, "FluxControlPipeline", {"control_image": PICTURE}),
     Run("sd3", SD3, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
-    Run("sd3-img2img", SD3, "StableDiffusion3Img2ImgPipeline", {"init_image": PICTURE, "strength": 0.5, "cfg_scale": 4.0}),
+    Run(
+        "sd3-img2img",
+        SD3,
+        "StableDiffusion3Img2ImgPipeline",
+        {"init_image": PICTURE, "strength": 0.5, "cfg_scale": 4.0},
+    ),
     Run("sd3-without-t5", SD3_WITHOUT_T5, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
     Run("sd3.5-medium", SD35_MEDIUM, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
 ]

@@ -152,7 +152,11 @@ class Truth:
             arguments["latents"] = noise
         if "Fill" in run.pipeline:
             mask = torch.from_numpy((request["mask"] >= 128).astype(np.float32))[None, None]
-            arguments |= {"image": (tensor_of(request["init_image"]) + 1) / 2, "mask_image": mask, "strength": request["strength"]}
+            arguments |= {
+                "image": (tensor_of(request["init_image"]) + 1) / 2,
+                "mask_image": mask,
+                "strength": request["strength"],
+            }
         if "Control" in run.pipeline:
             pipe.prepare_image = lambda image, **_: image
             arguments["control_image"] = tensor_of(request["control_image"])

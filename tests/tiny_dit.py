@@ -76,7 +76,11 @@ def original_vae(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def write_folder(
-    folder: Path, parts: dict[str, Tensors], configs: dict[str, dict[str, object]], scheduler: dict[str, object], name: str
+    folder: Path,
+    parts: dict[str, Tensors],
+    configs: dict[str, dict[str, object]],
+    scheduler: dict[str, object],
+    name: str,
 ) -> Path:
     """A diffusers folder."""
     for component, tensors in parts.items():

@@ -1,4 +1,4 @@
-"""Tiny random models of Stable Diffusion 3 and 3.5: the real structure, see tiny.py. Names and shapes are diffusers'."""
+"""Tiny random models of Stable Diffusion 3 and 3.5: the real structure, in diffusers' names; see tiny.py."""
 
 from __future__ import annotations
 

@@ -81,7 +81,8 @@ int nearest_multiple(int value, int multiple) {
 // As people write it: "SDXL".
 std::string written(const Family & family) {
     std::string name = family.name;
-    std::transform(name.begin(), name.end(), name.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    std::transform(name.begin(), name.end(), name.begin(),
+                   [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
     return name;
 }
 
@@ -96,7 +97,8 @@ Context::Context(const OpenParams & params)
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
+      loras_(weights_, device_,
+             [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {
@@ -166,6 +168,10 @@ void Context::complete(Request & r) const {
         r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
+    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
+        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
+             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
+    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
@@ -177,9 +183,10 @@ void Context::check_control(const Request & r) const {
         fail(Status::bad_argument, "a control LoRA is for the plain model; this one has other inputs already");
     }
     if ((of_lora || of_model) && !r.control_image) {
-        fail(Status::bad_argument, "%s needs a control_image, a picture of edges or depths to follow: it takes %lld input "
-             "features more than the plain model", of_lora ? "a control LoRA that is in force" : "this model",
-             static_cast<long long>(of_lora ? loras_.control_inputs() : 4 * pipeline_->latent_format().channels));
+        const int64_t plain = 4 * pipeline_->latent_format().channels, more = of_lora ? loras_.control_inputs() : plain;
+        fail(Status::bad_argument, "%s takes %lld input features, where the plain model has %lld: it needs a control_image, a "
+             "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
+             static_cast<long long>(plain + more), static_cast<long long>(plain));
     }
     if (r.control_image && !of_lora && !of_model) {
         fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
@@ -282,50 +289,62 @@ Context::Latents Context::start(const Request & r) {
     if (r.mask && pipeline_->extra_input() != ExtraInput::fill) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
-    const int64_t side = format.reduction, plane = static_cast<int64_t>(r.width) * r.height;
-    const auto    add_extra = [&](const std::vector<float> & values) {
-        out.extra = out.extra ? out.extra : Tensor({w, h, 0, 1});
-        out.extra->ne[2] += static_cast<int64_t>(values.size()) / (w * h);
-        append(out.extra->data, values);
+    out.extra = extra_channels(r, std::move(picture), out.mask);
+    return out;
+}
+
+// What the denoiser sees behind the latent's own channels, in the order of ExtraInput: [w, h, C, 1].
+std::optional<Tensor> Context::extra_channels(const Request & r, std::vector<float> picture,
+                                              const std::optional<Tensor> & mask) {
+    const int64_t         side = pipeline_->latent_format().reduction, plane = static_cast<int64_t>(r.width) * r.height;
+    const int64_t         w = r.width / side, h = r.height / side;
+    std::optional<Tensor> out;
+    const auto            add = [&](const std::vector<float> & values) {
+        out = out ? out : Tensor({w, h, 0, 1});
+        out->ne[2] += static_cast<int64_t>(values.size()) / (w * h);
+        append(out->data, values);
+    };
+    const auto add_latent = [&](const std::vector<float> & rgb) {
+        add(encode_picture(rgb, r.width, r.height, tile_for(r)).data);
     };
     const auto is_repainted = [&](int64_t pixel) { return !r.mask || r.mask[pixel] >= 128; };
-    const auto add_shown = [&] { // the picture, with grey where it is to repaint
+    const auto hide = [&] { // under grey, what is to be repainted
         picture.resize(static_cast<size_t>(3 * plane), 0.0f);
         for (int64_t i = 0; i < 3 * plane; ++i) {
             picture[i] = is_repainted(i % plane) ? 0.0f : picture[i];
         }
-        add_extra(encode_picture(picture, r.width, r.height, tile_for(r)).data);
     };
     switch (pipeline_->extra_input()) {
     case ExtraInput::none:
+    case ExtraInput::control:
         break;
     case ExtraInput::pix2pix:
         fail(Status::unsupported, "this is an InstructPix2Pix model (%d input channels); only its text encoder and "
              "autoencoder can be used so far", pipeline_->input_channels());
     case ExtraInput::inpainting: {
         std::vector<float> cells(static_cast<size_t>(w * h), 1.0f);
-        for (size_t i = 0; out.mask && i < cells.size(); ++i) {
-            cells[i] = out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
+        for (size_t i = 0; mask && i < cells.size(); ++i) {
+            cells[i] = mask->data[i] >= 0.5f ? 1.0f : 0.0f;
         }
-        add_extra(cells);
-        add_shown();
+        hide();
+        add(cells);
+        add_latent(picture);
         break;
     }
     case ExtraInput::fill: {
-        add_shown();
         std::vector<float> pixels(static_cast<size_t>(plane));
         for (int64_t i = 0; i < plane; ++i) {
             const int64_t x = i % r.width, y = i / r.width, channel = y % side * side + x % side;
             pixels[(channel * h + y / side) * w + x / side] = is_repainted(i) ? 1.0f : 0.0f;
         }
-        add_extra(pixels);
+        hide();
+        add_latent(picture);
+        add(pixels);
         break;
     }
-    case ExtraInput::control:
-        break;
     }
     if (r.control_image) {
-        add_extra(encode_picture(image_from_rgb(r.control_image, r.width, r.height).data, r.width, r.height, tile_for(r)).data);
+        add_latent(image_from_rgb(r.control_image, r.width, r.height).data);
     }
     return out;
 }

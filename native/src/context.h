@@ -100,6 +100,8 @@ class Context {
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
+    std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
+                                         const std::optional<Tensor> & mask);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 

@@ -14,6 +14,7 @@ namespace sd {
 
 class LatentDiffusion : public Pipeline {
   public:
+    Defaults      defaults() const override { return defaults_; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), scale_}; }
     NoiseSchedule noise_schedule(const Shape &, double) const override { return NoiseSchedule::scaled_linear(); }
@@ -36,12 +37,16 @@ class LatentDiffusion : public Pipeline {
         UnetKind     unet;
         float        scale;    // of latents, where the file does not tell
         bool         wide_vae; // its activations go beyond f16
+        Defaults     defaults; // where the file's name does not tell of others
     };
     LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind);
 
     // At the end of construction: all weights are there, and the networks fit one another. `native_size` in
     // pixels holds where the file does not tell.
     void complete(WeightStore & weights, int64_t text_width, Prediction prediction, int native_size);
+
+    // A prompt's conditioning by the only text encoder of a family.
+    Conditioning encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip, int chunks) const;
 
     ClipBpe bpe_;
     Unet    unet_;
@@ -52,6 +57,7 @@ class LatentDiffusion : public Pipeline {
     Kind       kind_;
     Vae        vae_;
     float      scale_;
+    Defaults   defaults_;
     Prediction prediction_ = Prediction::eps;
     int        native_size_ = 0;
 };
@@ -63,6 +69,11 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
 // proj_in as a convolution and not OpenCLIP's text encoder.
 enum class UnetFamily { none, sd1, sd2, sdxl };
 UnetFamily unet_family(const Checkpoint & file);
+
+// Of such a UNet: the weight that reads the text in its middle, and the one that reads XL's vector; null where there
+// is none.
+const StoredTensor * unet_text_input(const Checkpoint & file);
+const StoredTensor * unet_vector_input(const Checkpoint & file);
 
 // The first of the names that the file has; null where it has none.
 const StoredTensor * find_any(const Checkpoint & file, std::initializer_list<const char *> names);

@@ -1,5 +1,5 @@
-// Stable Diffusion 3 and 3.5: up to three text encoders, CLIP-L, CLIP-G and T5, of which any may be left out; the
-// multimodal transformer; and an autoencoder of 16 channels (Esser et al., 2024).
+// Stable Diffusion 3 and 3.5: up to three text encoders, CLIP-L, CLIP-G and T5, of which any may be left out;
+// the multimodal transformer; and an autoencoder of 16 channels (Esser et al., 2024).
 #include "core/error.h"
 #include "families/clip_prompt.h"
 #include "families/components.h"
@@ -20,7 +20,7 @@ constexpr int64_t t5_tokens = 256; // that the model was trained with
 
 // A CLIP and the matrix behind its pooled vector, which some files leave out where it is CLIP-L's.
 struct Clip {
-    Scope    here;
+    Scope here;
     ClipText text;
 
     std::optional<Linear> projection = declare();
@@ -36,7 +36,7 @@ struct Clip {
 
   private:
     std::optional<Linear> declare() const {
-        const Scope          at = here.at("text_projection");
+        const Scope at = here.at("text_projection");
         const StoredTensor * stored = at.find();
         if (!stored) {
             return std::nullopt;
@@ -48,9 +48,12 @@ struct Clip {
 class StableDiffusion3 final : public Pipeline {
   public:
     StableDiffusion3(WeightStore & weights, const OpenOptions & options)
-        : bpe_(options.data_dir + "/clip_merges.txt"), mmdit_(weights.root("model.diffusion_model", "transformer")),
-          clip_l_(open_clip(weights.root("text_encoders.clip_l.transformer", "text_encoder"), true, "clip_l")),
-          clip_g_(open_clip(weights.root("text_encoders.clip_g.transformer", "text_encoder_2"), false, "clip_g")),
+        : bpe_(options.data_dir + "/clip_merges.txt"),
+          mmdit_(weights.root("model.diffusion_model", "transformer")),
+          clip_l_(
+              open_clip(weights.root("text_encoders.clip_l.transformer", "text_encoder"), true, "clip_l")),
+          clip_g_(
+              open_clip(weights.root("text_encoders.clip_g.transformer", "text_encoder_2"), false, "clip_g")),
           vae_(weights.root("first_stage_model", "vae")) {
         const Scope t5 = weights.root("text_encoders.t5xxl.transformer", "text_encoder_3");
         if (t5.at("encoder.final_layer_norm").has()) {
@@ -62,21 +65,27 @@ class StableDiffusion3 final : public Pipeline {
     }
 
     // Both CLIPs were trained with their last layer but one.
-    Defaults      defaults() const override { return {28, mmdit_.c.hidden > 1536 ? 4.5f : 7.0f, "euler", "normal", 2}; }
-    Prediction    prediction() const override { return Prediction::flow; }
-    LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), 1.5305f, 0.0609f}; }
-    int           input_channels() const override { return static_cast<int>(mmdit_.c.channels); }
-    int           size_multiple() const override { return 2 * vae_.reduction(); }
-    int           native_size() const override { return 1024; }
+    Defaults defaults() const override {
+        return {28, mmdit_.c.hidden > 1536 ? 4.5f : 7.0f, "euler", "normal", 2};
+    }
+    Prediction prediction() const override { return Prediction::flow; }
+    LatentFormat latent_format() const override {
+        return {vae_.latent_channels(), vae_.reduction(), 1.5305f, 0.0609f};
+    }
+    int input_channels() const override { return static_cast<int>(mmdit_.c.channels); }
+    int size_multiple() const override { return 2 * vae_.reduction(); }
+    int native_size() const override { return 1024; }
 
     NoiseSchedule noise_schedule(const Shape &, double shift) const override {
         return NoiseSchedule::flow(shift > 0 ? shift : 3);
     }
 
     int count_chunks(const Prompt & prompt) const override { return count_clip_chunks(bpe_, prompt); }
-    int count_tokens(const std::string & text) const override { return static_cast<int>(bpe_.encode(text).size()); }
+    int count_tokens(const std::string & text) const override {
+        return static_cast<int>(bpe_.encode(text).size());
+    }
 
-    void         text(Graph & g, int clip_skip) const override;
+    void text(Graph & g, int clip_skip) const override;
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override;
 
     Value denoise(Graph & g) const override {
@@ -88,17 +97,18 @@ class StableDiffusion3 final : public Pipeline {
 
   private:
     static std::optional<Clip> open_clip(const Scope & here, bool quick, const char * argument);
-    void                       check_fit(const Checkpoint & file) const;
+    void check_fit(const Checkpoint & file) const;
 
     // A CLIP's part of the conditioning: at `feature` of the tokens, and of the vector.
-    void add_clip(Runner & runner, const Clip & clip, const char * name, const ClipPrompt & prompt, int clip_skip,
-                  int64_t feature, Tensor & tokens, int64_t pooled_feature, Tensor & pooled) const;
+    void add_clip(Runner & runner, const Clip & clip, const char * name, const ClipPrompt & prompt,
+                  int clip_skip, int64_t feature, Tensor & tokens, int64_t pooled_feature,
+                  Tensor & pooled) const;
 
-    ClipBpe               bpe_;
-    Mmdit                 mmdit_;
-    std::optional<Clip>   clip_l_, clip_g_;
+    ClipBpe bpe_;
+    Mmdit mmdit_;
+    std::optional<Clip> clip_l_, clip_g_;
     std::optional<T5Text> t5_;
-    Vae                   vae_;
+    Vae vae_;
 };
 
 std::optional<Clip> StableDiffusion3::open_clip(const Scope & here, bool quick, const char * argument) {
@@ -111,7 +121,8 @@ std::optional<Clip> StableDiffusion3::open_clip(const Scope & here, bool quick, 
 void StableDiffusion3::check_fit(const Checkpoint & file) const {
     const int64_t latent = vae_.latent_channels(), out = mmdit_.c.outputs / 4;
     if (mmdit_.c.channels != latent || out != latent) {
-        fail(Status::unsupported, "%s: a transformer of %lld to %lld channels does not fit an autoencoder of %lld",
+        fail(Status::unsupported,
+             "%s: a transformer of %lld to %lld channels does not fit an autoencoder of %lld",
              file.path().c_str(), static_cast<long long>(mmdit_.c.channels), static_cast<long long>(out),
              static_cast<long long>(latent));
     }
@@ -123,12 +134,14 @@ void StableDiffusion3::check_fit(const Checkpoint & file) const {
             check_clip_tokens(file, (*clip)->text.c.vocabulary, (*clip)->text.c.positions);
         }
     }
-    if (width > mmdit_.c.context || pooled > mmdit_.c.pooled || (clip_l_ && clip_g_ && pooled != mmdit_.c.pooled) ||
-        (t5_ && t5_->width() != mmdit_.c.context)) {
-        fail(Status::unsupported, "%s: the transformer reads text %lld and %lld wide, which CLIPs of %lld and %lld and a T5 of "
-             "%lld do not write", file.path().c_str(), static_cast<long long>(mmdit_.c.context),
-             static_cast<long long>(mmdit_.c.pooled), static_cast<long long>(width), static_cast<long long>(pooled),
-             static_cast<long long>(t5_ ? t5_->width() : 0));
+    if (width > mmdit_.c.context || pooled > mmdit_.c.pooled ||
+        (clip_l_ && clip_g_ && pooled != mmdit_.c.pooled) || (t5_ && t5_->width() != mmdit_.c.context)) {
+        fail(Status::unsupported,
+             "%s: the transformer reads text %lld and %lld wide, which CLIPs of %lld and %lld and a T5 of "
+             "%lld do not write",
+             file.path().c_str(), static_cast<long long>(mmdit_.c.context),
+             static_cast<long long>(mmdit_.c.pooled), static_cast<long long>(width),
+             static_cast<long long>(pooled), static_cast<long long>(t5_ ? t5_->width() : 0));
     }
     if (!clip_l_ && !clip_g_ && !t5_) {
         check_components(file, "Stable Diffusion 3", {{"clip_l", {}}, {"clip_g", {}}, {"t5xxl", {}}});
@@ -137,8 +150,8 @@ void StableDiffusion3::check_fit(const Checkpoint & file) const {
 
 // ---- text ----------------------------------------------------------------------------------------------
 
-// The encoders run one after the other, so that their memory is not needed at once. Inputs: "ids" for CLIP-L or "ids_2"
-// for CLIP-G, with "ends"; or T5's.
+// The encoders run one after the other, so that their memory is not needed at once. Inputs: "ids" for CLIP-L
+// or "ids_2" for CLIP-G, with "ends"; or T5's.
 void StableDiffusion3::text(Graph & g, int clip_skip) const {
     if (g.has_input("t5_ids")) {
         if (!t5_) {
@@ -147,7 +160,7 @@ void StableDiffusion3::text(Graph & g, int clip_skip) const {
         g.output("states", (*t5_)(g));
         return;
     }
-    const bool                  is_g = g.has_input("ids_2");
+    const bool is_g = g.has_input("ids_2");
     const std::optional<Clip> & clip = is_g ? clip_g_ : clip_l_;
     if (!clip) {
         fail(Status::bad_argument, "this model has no CLIP-%s", is_g ? "G" : "L");
@@ -157,14 +170,14 @@ void StableDiffusion3::text(Graph & g, int clip_skip) const {
     g.output("pooled", clip->pooled(g, states, clip_skip));
 }
 
-void StableDiffusion3::add_clip(Runner & runner, const Clip & clip, const char * name, const ClipPrompt & prompt,
-                                int clip_skip, int64_t feature, Tensor & tokens, int64_t pooled_feature,
-                                Tensor & pooled) const {
+void StableDiffusion3::add_clip(Runner & runner, const Clip & clip, const char * name,
+                                const ClipPrompt & prompt, int clip_skip, int64_t feature, Tensor & tokens,
+                                int64_t pooled_feature, Tensor & pooled) const {
     check_clip_skip(clip_skip, 1, clip.text.c.layers);
     const Tensor ids = prompt.ids(), ends = prompt.ends();
-    auto         outputs = runner.run(name + std::to_string(clip_skip), {{name, &ids}, {"ends", &ends}},
-                                      [&](Graph & g) { text(g, clip_skip); });
-    Tensor &     states = outputs.at("states");
+    auto outputs = runner.run(name + std::to_string(clip_skip), {{name, &ids}, {"ends", &ends}},
+                              [&](Graph & g) { text(g, clip_skip); });
+    Tensor & states = outputs.at("states");
     prompt.emphasise(states, 0, clip.width());
     const float * from = states.data.data();
     for (int64_t token = 0; token < tokens.ne[1]; ++token, from += clip.width()) {
@@ -174,18 +187,20 @@ void StableDiffusion3::add_clip(Runner & runner, const Clip & clip, const char *
     std::copy_n(outputs.at("pooled").data.begin(), clip.pooled_width(), pooled.data.begin() + pooled_feature);
 }
 
-// CLIP-L's and CLIP-G's tokens side by side, zeros up to T5's width, and T5's tokens behind them. What is left out is
-// zero, T5's tokens too.
-Conditioning StableDiffusion3::encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const {
+// CLIP-L's and CLIP-G's tokens side by side, zeros up to T5's width, and T5's tokens behind them. What is
+// left out is zero, T5's tokens too.
+Conditioning StableDiffusion3::encode(Runner & runner, const Prompt & prompt, int clip_skip,
+                                      int chunks) const {
     const ClipPrompt l(bpe_, prompt, ClipBpe::end_token, chunks), second(bpe_, prompt, padding_g, chunks);
-    Tensor           tokens({mmdit_.c.context, 77 * static_cast<int64_t>(l.chunks.size()), 1, 1});
-    Tensor           pooled({mmdit_.c.pooled, 1, 1, 1});
+    Tensor tokens({mmdit_.c.context, 77 * static_cast<int64_t>(l.chunks.size()), 1, 1});
+    Tensor pooled({mmdit_.c.pooled, 1, 1, 1});
     if (clip_l_) {
         add_clip(runner, *clip_l_, "ids", l, clip_skip, 0, tokens, 0, pooled);
     }
     if (clip_g_) { // behind CLIP-L, or where it would be
         const int64_t first = mmdit_.c.pooled - clip_g_->pooled_width();
-        add_clip(runner, *clip_g_, "ids_2", second, clip_skip, clip_l_ ? clip_l_->width() : first, tokens, first, pooled);
+        add_clip(runner, *clip_g_, "ids_2", second, clip_skip, clip_l_ ? clip_l_->width() : first, tokens,
+                 first, pooled);
     }
     Tensor of_t5({mmdit_.c.context, t5_tokens, 1, 1});
     if (t5_) {
@@ -206,7 +221,7 @@ bool recognises(const Checkpoint & file) {
 } // namespace
 
 extern const Family sd3;
-const Family        sd3 = {
+const Family sd3 = {
     "sd3",
     recognises,
     [](WeightStore & weights, const OpenOptions & options) -> std::unique_ptr<Pipeline> {

@@ -10,14 +10,14 @@
 namespace sd {
 
 constexpr int64_t time_features = 256;
-constexpr float   eps = 1e-6f;
+constexpr float eps = 1e-6f;
 
 // ---- configuration -------------------------------------------------------------------------------------
 
 // Blocks are numbered from 0; each has this layer.
-static int64_t count_blocks(const Scope & flux, const char * single, const char * diffusers, const char * layer,
-                            const char * diffusers_layer) {
-    int64_t    n = 0;
+static int64_t count_blocks(const Scope & flux, const char * single, const char * diffusers,
+                            const char * layer, const char * diffusers_layer) {
+    int64_t n = 0;
     const auto block = [&] { return flux.at(single + std::to_string(n), diffusers + std::to_string(n)); };
     while (block().at(layer, diffusers_layer).has()) {
         ++n;
@@ -42,10 +42,11 @@ static std::vector<int64_t> read_axes(const std::string & stated, int64_t head_s
 
 FluxConfig FluxConfig::read(const Scope & flux, const std::string & axes) {
     const auto find = [&](const char * single, const char * diffusers, const char * leaf = "weight") {
-        const Scope          at = flux.at(single, diffusers);
+        const Scope at = flux.at(single, diffusers);
         const StoredTensor * stored = at.find(leaf);
         if (!stored) {
-            fail(Status::bad_file, "the transformer of FLUX is incomplete: %s or its diffusers name is missing",
+            fail(Status::bad_file,
+                 "the transformer of FLUX is incomplete: %s or its diffusers name is missing",
                  at.name().c_str());
         }
         return stored;
@@ -63,21 +64,23 @@ FluxConfig FluxConfig::read(const Scope & flux, const std::string & axes) {
     c.context = find("txt_in", "context_embedder")->ne[0];
     c.pooled = find("vector_in.in_layer", "time_text_embed.text_embedder.linear_1")->ne[0];
     c.guidance = flux.at("guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_1").has();
-    c.double_blocks = count_blocks(flux, "double_blocks.", "transformer_blocks.", "img_attn.proj",
-                                   "attn.to_out.0");
-    c.single_blocks = count_blocks(flux, "single_blocks.", "single_transformer_blocks.", "linear2",
-                                   "proj_out");
+    c.double_blocks =
+        count_blocks(flux, "double_blocks.", "transformer_blocks.", "img_attn.proj", "attn.to_out.0");
+    c.single_blocks =
+        count_blocks(flux, "single_blocks.", "single_transformer_blocks.", "linear2", "proj_out");
     c.axes = read_axes(axes, c.head_size);
 
-    const bool even = std::all_of(c.axes.begin(), c.axes.end(), [](int64_t n) { return n > 0 && n % 2 == 0; });
+    const bool even =
+        std::all_of(c.axes.begin(), c.axes.end(), [](int64_t n) { return n > 0 && n % 2 == 0; });
     if (c.head_size < 2 || c.hidden % c.head_size != 0 || c.axes.size() != 3 || !even ||
         std::accumulate(c.axes.begin(), c.axes.end(), int64_t{0}) != c.head_size) {
-        fail(Status::unsupported, "%s: %lld features do not divide into heads of %lld, turned along three axes",
+        fail(Status::unsupported,
+             "%s: %lld features do not divide into heads of %lld, turned along three axes",
              image_in->name.c_str(), static_cast<long long>(c.hidden), static_cast<long long>(c.head_size));
     }
     if (c.inputs % 4 != 0 || c.outputs % 4 != 0) {
-        fail(Status::unsupported, "%s: %lld inputs and %lld outputs are no squares of 2 x 2 cells", image_in->name.c_str(),
-             static_cast<long long>(c.inputs), static_cast<long long>(c.outputs));
+        fail(Status::unsupported, "%s: %lld inputs and %lld outputs are no squares of 2 x 2 cells",
+             image_in->name.c_str(), static_cast<long long>(c.inputs), static_cast<long long>(c.outputs));
     }
     return c;
 }
@@ -99,13 +102,15 @@ struct Heads {
 };
 
 // Out of tokens whose first 3 * hidden features are q, k and v.
-Heads split_heads(Graph & g, const FluxConfig & c, Value qkv, const HeadNorm & query_norm, const HeadNorm & key_norm) {
+Heads split_heads(Graph & g, const FluxConfig & c, Value qkv, const HeadNorm & query_norm,
+                  const HeadNorm & key_norm) {
     const auto part = [&](int64_t i) { return g.by_heads(g.part(qkv, i * c.hidden, c.hidden), c.heads()); };
     return {query_norm(g, part(0)), key_norm(g, part(1)), part(2)};
 }
 
 Value attend(Graph & g, const FluxConfig & c, const Heads & h, const Rotation & turn) {
-    return g.attention(g.side_by_side(turn(g, h.q)), g.side_by_side(turn(g, h.k)), g.side_by_side(h.v), c.heads());
+    return g.attention(g.side_by_side(turn(g, h.q)), g.side_by_side(turn(g, h.k)), g.side_by_side(h.v),
+                       c.heads());
 }
 
 } // namespace
@@ -114,11 +119,12 @@ void FluxDoubleBlock::operator()(Graph & g, Value & image_tokens, Value & text_t
                                  const Rotation & turn) const {
     struct Side {
         const FluxStream & stream;
-        Value &            tokens;
-        Value              modulation;
-        Value              chunk(Graph & g, int64_t i) const { return g.chunk(modulation, i, stream.c.hidden); }
+        Value & tokens;
+        Value modulation;
+        Value chunk(Graph & g, int64_t i) const { return g.chunk(modulation, i, stream.c.hidden); }
     };
-    Side sides[] = {{text, text_tokens, text.modulation(g, vec)}, {image, image_tokens, image.modulation(g, vec)}};
+    Side sides[] = {{text, text_tokens, text.modulation(g, vec)},
+                    {image, image_tokens, image.modulation(g, vec)}};
 
     Heads heads[2];
     for (int i = 0; i < 2; ++i) {
@@ -128,14 +134,14 @@ void FluxDoubleBlock::operator()(Graph & g, Value & image_tokens, Value & text_t
     }
     const Heads joint{g.concat(heads[0].q, heads[1].q, 2), g.concat(heads[0].k, heads[1].k, 2),
                       g.concat(heads[0].v, heads[1].v, 2)};
-    Value       attention = attend(g, c, joint, turn);
+    Value attention = attend(g, c, joint, turn);
 
     int64_t first = 0;
     for (const Side & side : sides) {
         const FluxStream & s = side.stream;
-        const int64_t      n = Graph::shape(side.tokens)[1];
-        Value              x = g.add_gated(side.tokens, s.proj(g, g.token_range(attention, first, n)), side.chunk(g, 2));
-        Value              h = g.modulate(g.normalise(x, eps), side.chunk(g, 3), side.chunk(g, 4));
+        const int64_t n = Graph::shape(side.tokens)[1];
+        Value x = g.add_gated(side.tokens, s.proj(g, g.token_range(attention, first, n)), side.chunk(g, 2));
+        Value h = g.modulate(g.normalise(x, eps), side.chunk(g, 3), side.chunk(g, 4));
         side.tokens = g.add_gated(x, s.mlp2(g, g.gelu_tanh(s.mlp1(g, h))), side.chunk(g, 5));
         first += n;
     }
@@ -172,13 +178,13 @@ Flux::Flux(const Scope & here, const std::string & axes)
 // Text stands at (0, 0, 0), a square of the picture at (0, row, column): the first axis turns nothing.
 Rotation Flux::rotation(Graph & g, int64_t text_tokens, int64_t columns, int64_t rows) const {
     constexpr double base = 10000;
-    constexpr float  never = 1e30f;
+    constexpr float never = 1e30f;
 
     Rotation out;
-    int64_t  first = c.axes[0];
+    int64_t first = c.axes[0];
     for (const bool vertical : {true, false}) {
         const int64_t size = c.axes[vertical ? 1 : 2];
-        Tensor        positions({text_tokens + rows * columns, 1, 1, 1}), periods({c.head_size / 2, 1, 1, 1});
+        Tensor positions({text_tokens + rows * columns, 1, 1, 1}), periods({c.head_size / 2, 1, 1, 1});
         for (int64_t i = 0; i < rows * columns; ++i) {
             positions.data[text_tokens + i] = static_cast<float>(vertical ? i / columns : i % columns);
         }
@@ -194,17 +200,19 @@ Rotation Flux::rotation(Graph & g, int64_t text_tokens, int64_t columns, int64_t
     return out;
 }
 
-Value Flux::operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled, Value guidance) const {
+Value Flux::operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled,
+                       Value guidance) const {
     const Shape ne = Graph::shape(latent);
-    Value       vec = time_in_(g, g.timestep_embedding(timesteps, time_features));
+    Value vec = time_in_(g, g.timestep_embedding(timesteps, time_features));
     if (guidance_in_) {
-        vec = g.add(vec, (*guidance_in_)(g, g.timestep_embedding(g.scaled(guidance, 1000.0f), time_features)));
+        vec =
+            g.add(vec, (*guidance_in_)(g, g.timestep_embedding(g.scaled(guidance, 1000.0f), time_features)));
     }
     vec = g.silu(g.add(vec, pooled_in_(g, pooled)));
 
-    Value          image_tokens = image_in_(g, g.patches(latent));
-    Value          text_tokens = text_in_(g, text);
-    const int64_t  n_text = Graph::shape(text_tokens)[1], n_image = Graph::shape(image_tokens)[1];
+    Value image_tokens = image_in_(g, g.patches(latent));
+    Value text_tokens = text_in_(g, text);
+    const int64_t n_text = Graph::shape(text_tokens)[1], n_image = Graph::shape(image_tokens)[1];
     const Rotation turn = rotation(g, n_text, ne[0] / 2, ne[1] / 2);
     for (const FluxDoubleBlock & block : double_) {
         block(g, image_tokens, text_tokens, vec, turn);

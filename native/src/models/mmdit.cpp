@@ -7,21 +7,23 @@
 namespace sd {
 
 constexpr int64_t time_features = 256;
-constexpr float   eps = 1e-6f;
+constexpr float eps = 1e-6f;
 
 MmditConfig MmditConfig::read(const Scope & mmdit) {
     const auto find = [&](const char * single, const char * diffusers, const char * leaf = "weight") {
-        const Scope          at = mmdit.at(single, diffusers);
+        const Scope at = mmdit.at(single, diffusers);
         const StoredTensor * stored = at.find(leaf);
         if (!stored) {
-            fail(Status::bad_file, "the transformer of Stable Diffusion 3 is incomplete: %s or its diffusers name is missing",
+            fail(Status::bad_file,
+                 "the transformer of Stable Diffusion 3 is incomplete: %s or its diffusers name is missing",
                  at.name().c_str());
         }
         return stored;
     };
     const StoredTensor * image_in = find("x_embedder.proj", "pos_embed.proj");
     const StoredTensor * positions = find("pos_embed", "pos_embed.pos_embed", "");
-    const StoredTensor * norm = mmdit.at("joint_blocks.0.x_block.attn.ln_q", "transformer_blocks.0.attn.norm_q").find();
+    const StoredTensor * norm =
+        mmdit.at("joint_blocks.0.x_block.attn.ln_q", "transformer_blocks.0.attn.norm_q").find();
 
     MmditConfig c{};
     c.hidden = image_in->ne[3];
@@ -38,9 +40,12 @@ MmditConfig MmditConfig::read(const Scope & mmdit) {
     while (block().at("x_block.attn.proj", "attn.to_out.0").has()) {
         ++c.blocks;
     }
-    if (c.head_size < 1 || c.hidden % c.head_size != 0 || c.outputs % 4 != 0 || c.positions * c.positions != positions->ne[1]) {
-        fail(Status::unsupported, "%s: %lld features in heads of %lld, %lld outputs and %lld positions are no transformer of "
-             "Stable Diffusion 3", image_in->name.c_str(), static_cast<long long>(c.hidden), static_cast<long long>(c.head_size),
+    if (c.head_size < 1 || c.hidden % c.head_size != 0 || c.outputs % 4 != 0 ||
+        c.positions * c.positions != positions->ne[1]) {
+        fail(Status::unsupported,
+             "%s: %lld features in heads of %lld, %lld outputs and %lld positions are no transformer of "
+             "Stable Diffusion 3",
+             image_in->name.c_str(), static_cast<long long>(c.hidden), static_cast<long long>(c.head_size),
              static_cast<long long>(c.outputs), static_cast<long long>(positions->ne[1]));
     }
     return c;
@@ -65,7 +70,7 @@ std::vector<Value> MmditAttention::operator()(Graph & g, Value x) const {
     std::vector<Value> out;
     for (int64_t i = 0; i < 3; ++i) {
         const std::optional<HeadNorm> & norm = i == 0 ? query_norm : key_norm;
-        Value                           part = g.by_heads(g.part(x, i * c.hidden, c.hidden), c.heads());
+        Value part = g.by_heads(g.part(x, i * c.hidden, c.hidden), c.heads());
         out.push_back(norm && i < 2 ? (*norm)(g, part) : part);
     }
     return out;
@@ -85,11 +90,13 @@ std::optional<MmditAttention> MmditStream::attend_again() const {
     return attend("attn2");
 }
 
-std::optional<Linear> MmditStream::mlp(const char * name, const std::string & diffusers, int64_t in, int64_t out) const {
+std::optional<Linear> MmditStream::mlp(const char * name, const std::string & diffusers, int64_t in,
+                                       int64_t out) const {
     if (!goes_on) {
         return std::nullopt;
     }
-    return Linear{here.at(std::string("mlp.") + name, (is_text ? "ff_context." : "ff.") + diffusers), in, out};
+    return Linear{here.at(std::string("mlp.") + name, (is_text ? "ff_context." : "ff.") + diffusers), in,
+                  out};
 }
 
 void MmditBlock::operator()(Graph & g, Value & image_tokens, Value & text_tokens, Value vec) const {
@@ -106,7 +113,7 @@ void MmditBlock::operator()(Graph & g, Value & image_tokens, Value & text_tokens
     for (size_t i = 0; i < joint.size(); ++i) {
         joint[i] = g.concat(joint[i], other[i], 2);
     }
-    Value       attention = attend(joint);
+    Value attention = attend(joint);
     const int64_t n_image = Graph::shape(image_tokens)[1], n_text = Graph::shape(text_tokens)[1];
 
     const auto finish = [&](const MmditStream & s, Value x, Value m, Value attended, Value second) {
@@ -117,7 +124,8 @@ void MmditBlock::operator()(Graph & g, Value & image_tokens, Value & text_tokens
     };
     Value second = nullptr;
     if (image.attention2) {
-        second = (*image.attention2->out)(g, attend((*image.attention2)(g, modulated(image_tokens, of_image, 6))));
+        second =
+            (*image.attention2->out)(g, attend((*image.attention2)(g, modulated(image_tokens, of_image, 6))));
     }
     image_tokens = finish(image, image_tokens, of_image, g.token_range(attention, 0, n_image), second);
     if (!is_last) {
@@ -133,19 +141,21 @@ Mmdit::Mmdit(const Scope & here)
       pooled_in_{here.at("y_embedder", "time_text_embed.text_embedder"), c.pooled, c.hidden} {
     for (int64_t i = 0; i < c.blocks; ++i) {
         const std::string number = std::to_string(i);
-        blocks_.push_back({here.at("joint_blocks." + number, "transformer_blocks." + number), c, i + 1 == c.blocks});
+        blocks_.push_back(
+            {here.at("joint_blocks." + number, "transformer_blocks." + number), c, i + 1 == c.blocks});
     }
 }
 
 // The middle of the largest picture's positions.
 Value Mmdit::positions(Graph & g, int64_t columns, int64_t rows) const {
     if (columns > c.positions || rows > c.positions) {
-        fail(Status::bad_argument, "a picture of %lld x %lld squares of 2 x 2 cells: this model knows positions for %lld x %lld",
-             static_cast<long long>(columns), static_cast<long long>(rows), static_cast<long long>(c.positions),
-             static_cast<long long>(c.positions));
+        fail(Status::bad_argument,
+             "a picture of %lld x %lld squares of 2 x 2 cells: this model knows positions for %lld x %lld",
+             static_cast<long long>(columns), static_cast<long long>(rows),
+             static_cast<long long>(c.positions), static_cast<long long>(c.positions));
     }
     const int64_t left = (c.positions - columns) / 2, top = (c.positions - rows) / 2;
-    Tensor        ids({columns * rows, 1, 1, 1});
+    Tensor ids({columns * rows, 1, 1, 1});
     for (int64_t i = 0; i < columns * rows; ++i) {
         ids.data[i] = static_cast<float>((top + i / columns) * c.positions + left + i % columns);
     }
@@ -154,9 +164,10 @@ Value Mmdit::positions(Graph & g, int64_t columns, int64_t rows) const {
 
 Value Mmdit::operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled) const {
     const Shape ne = Graph::shape(latent);
-    Value       vec = g.silu(g.add(time_in_(g, g.timestep_embedding(timesteps, time_features)), pooled_in_(g, pooled)));
-    Value       text_tokens = text_in_(g, text);
-    Value       x = g.add(g.tokens(image_in_(g, g.picture(latent))), positions(g, ne[0] / 2, ne[1] / 2));
+    Value vec =
+        g.silu(g.add(time_in_(g, g.timestep_embedding(timesteps, time_features)), pooled_in_(g, pooled)));
+    Value text_tokens = text_in_(g, text);
+    Value x = g.add(g.tokens(image_in_(g, g.picture(latent))), positions(g, ne[0] / 2, ne[1] / 2));
     for (const MmditBlock & block : blocks_) {
         block(g, x, text_tokens, vec);
     }
