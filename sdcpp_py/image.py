@@ -61,6 +61,8 @@ class Parameters:
     sampler: str | None = None
     scheduler: str | None = None
     cfg_scale: float | None = None
+    guidance: float | None = None
+    shift: float | None = None
     seed: int | None = None
     width: int | None = None
     height: int | None = None
@@ -70,6 +72,12 @@ class Parameters:
     vae: str | None = None
     clip_l_hash: str | None = None
     clip_l: str | None = None
+    clip_g_hash: str | None = None
+    clip_g: str | None = None
+    clip_h_hash: str | None = None
+    clip_h: str | None = None
+    t5xxl_hash: str | None = None
+    t5xxl: str | None = None
     prediction: str | None = None
     strength: float | None = None
     clip_skip: int | None = None
@@ -78,6 +86,7 @@ class Parameters:
     vae_tile: int | None = None
     init_image_hash: str | None = None
     mask_hash: str | None = None
+    control_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -97,6 +106,8 @@ _FIELDS: Final = (
     ("Sampler", "sampler", str),
     ("Schedule type", "scheduler", str),
     ("CFG scale", "cfg_scale", float),
+    ("Distilled CFG Scale", "guidance", float),  # as forge writes it
+    ("Shift", "shift", float),
     ("Seed", "seed", int),
     ("Size", "size", str),
     ("Model hash", "model_hash", str),
@@ -105,6 +116,12 @@ _FIELDS: Final = (
     ("VAE", "vae", str),
     ("CLIP-L hash", "clip_l_hash", str),
     ("CLIP-L", "clip_l", str),
+    ("CLIP-G hash", "clip_g_hash", str),
+    ("CLIP-G", "clip_g", str),
+    ("CLIP-H hash", "clip_h_hash", str),
+    ("CLIP-H", "clip_h", str),
+    ("T5-XXL hash", "t5xxl_hash", str),
+    ("T5-XXL", "t5xxl", str),
     ("Prediction", "prediction", str),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),
@@ -113,6 +130,7 @@ _FIELDS: Final = (
     ("VAE tile", "vae_tile", int),
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
+    ("Control image hash", "control_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),

@@ -7,6 +7,7 @@ f16. Beside each file comes what its weights mean, in float32.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write(path: Path, kind: str, native_context: object) -> tuple[Path, dict[str
             whole = f"{component}.{name}"
             as_kind = kind if kind in ("f32", "f16") or (component != "vae" and _fits(values, kind)) else "f16"
             as_kind = "f32" if values.ndim == 1 else as_kind
-            stored, meant = _store(whole, values, as_kind)
+            stored, meant = store(whole, values, as_kind)
             if names[whole].startswith("first_stage_model.") and ".attn_1." in names[whole] and values.ndim == 2:
                 stored = stored[:, :, None, None]
             raw = None if as_kind in ("f32", "f16") else _GGML[as_kind]
@@ -55,13 +56,28 @@ def write(path: Path, kind: str, native_context: object) -> tuple[Path, dict[str
     return path, {name: values for name, values in decoded.items() if name in lora_files.base()}
 
 
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> Path:
+    """A single file of these tensors: networks in this type, the autoencoder and what no block fits in f16."""
+    writer = gguf.GGUFWriter(path, arch="sd")
+    for name, values in tensors.items():
+        fits = not name.startswith("first_stage_model.") and "text_projection" not in name and _fits(values, kind)
+        as_kind = "f32" if values.ndim < 2 else kind if fits else "f16"
+        stored, _ = store(name, np.atleast_1d(values), as_kind)
+        writer.add_tensor(name, stored, raw_dtype=None if as_kind in ("f32", "f16") else _GGML[as_kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _fits(values: np.ndarray, kind: str) -> bool:
     """Rows of a matrix are whole blocks; tables of embeddings and convolutions stay as they are."""
     block, _ = gguf.GGML_QUANT_SIZES[_GGML[kind]]
     return values.ndim == 2 and values.shape[0] < 10000 and values.shape[1] % block == 0
 
 
-def _store(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def store(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """As the file has it, and what it means."""
     if kind in ("f32", "f16"):
         stored = values.astype(np.float32 if kind == "f32" else np.float16)

@@ -78,6 +78,14 @@ int nearest_multiple(int value, int multiple) {
     return std::max(multiple, (value + multiple / 2) / multiple * multiple);
 }
 
+// As people write it: "SDXL".
+std::string written(const Family & family) {
+    std::string name = family.name;
+    std::transform(name.begin(), name.end(), name.begin(),
+                   [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    return name;
+}
+
 // Repeats `one` along the last dimension that it uses not yet.
 void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
 
@@ -89,7 +97,8 @@ Context::Context(const OpenParams & params)
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, family_->name); },
+      loras_(weights_, device_,
+             [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {
@@ -121,6 +130,17 @@ void Context::complete(Request & r) const {
     if (!std::isfinite(r.eta)) {
         fail(Status::bad_argument, "eta %g: must be a finite number", static_cast<double>(r.eta));
     }
+    if (!std::isfinite(r.guidance) || (r.guidance >= 0 && defaults.guidance == 0)) {
+        fail(Status::bad_argument, "guidance %g: %s", static_cast<double>(r.guidance),
+             std::isfinite(r.guidance) ? "this model takes none; use cfg_scale" : "must be a finite number");
+    }
+    if (!(r.shift >= 0 && r.shift <= 100)) {
+        fail(Status::bad_argument, "shift %g: must be between 0 and 100", static_cast<double>(r.shift));
+    }
+    if (r.shift > 0 && pipeline_->prediction() != Prediction::flow) {
+        fail(Status::bad_argument, "shift %g: only models of rectified flows, as FLUX and SD3, have one",
+             static_cast<double>(r.shift));
+    }
     if (r.batch_size < 1 || r.batch_size > max_batch) {
         fail(Status::bad_argument, "batch_size %d: must be between 1 and %d", r.batch_size, max_batch);
     }
@@ -144,9 +164,33 @@ void Context::complete(Request & r) const {
     if (r.clip_skip == 0) {
         r.clip_skip = defaults.clip_skip;
     }
+    if (r.guidance < 0) {
+        r.guidance = defaults.guidance;
+    }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
+    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
+        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
+             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
+    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
+}
+
+// A picture to follow is for models and LoRAs that look at one, and those need it.
+void Context::check_control(const Request & r) const {
+    const bool of_lora = loras_.control_inputs() > 0, of_model = pipeline_->extra_input() == ExtraInput::control;
+    if (of_lora && pipeline_->extra_input() != ExtraInput::none) {
+        fail(Status::bad_argument, "a control LoRA is for the plain model; this one has other inputs already");
+    }
+    if ((of_lora || of_model) && !r.control_image) {
+        const int64_t plain = 4 * pipeline_->latent_format().channels, more = of_lora ? loras_.control_inputs() : plain;
+        fail(Status::bad_argument, "%s takes %lld input features, where the plain model has %lld: it needs a control_image, a "
+             "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
+             static_cast<long long>(plain + more), static_cast<long long>(plain));
+    }
+    if (r.control_image && !of_lora && !of_model) {
+        fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
+    }
 }
 
 // ---- what to paint -------------------------------------------------------------------------------------
@@ -167,6 +211,20 @@ Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int cli
     return encoded_.front().conditioning;
 }
 
+// Puts one image's inputs behind those of the images before it.
+static void append_image(Conditioning & all, const Conditioning & one) {
+    for (const auto & [name, tensor] : one.tokens) {
+        Tensor & joined = all.tokens[name];
+        joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
+        append(joined.data, tensor.data);
+    }
+    for (const auto & [name, tensor] : one.vectors) {
+        Tensor & joined = all.vectors[name];
+        joined.ne = {tensor.ne[0], joined.data.empty() ? 1 : joined.ne[1] + 1, 1, 1};
+        append(joined.data, tensor.data);
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -183,14 +241,12 @@ Conditioning Context::condition(const Request & request, bool guided) {
     for (const Prompt * prompt : prompts) {
         chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
     }
-    Conditioning all;
+    const Conditioning picture = pipeline_->describe(request.width, request.height);
+    Conditioning       all;
     for (size_t i = 0; i < prompts.size(); ++i) {
         const size_t image = i % request.batch_size;
-        for (const auto & [name, tensor] : encode_prompt(*prompts[i], image, request.clip_skip, chunks)) {
-            Tensor & joined = all[name];
-            joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
-            append(joined.data, tensor.data);
-        }
+        append_image(all, encode_prompt(*prompts[i], image, request.clip_skip, chunks));
+        append_image(all, picture);
     }
     return all;
 }
@@ -209,7 +265,7 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     });
     Tensor latent({moments.ne[0], moments.ne[1], format.channels, 1});
     for (size_t i = 0; i < latent.data.size(); ++i) {
-        latent.data[i] = moments.data[i] * format.scale;
+        latent.data[i] = (moments.data[i] - format.shift) * format.scale;
     }
     return latent;
 }
@@ -222,7 +278,6 @@ static int tile_for(const Request & r) {
 Context::Latents Context::start(const Request & r) {
     const LatentFormat format = pipeline_->latent_format();
     const int64_t      w = r.width / format.reduction, h = r.height / format.reduction;
-    const int64_t      inputs = pipeline_->input_channels();
     Latents            out{{w, h, format.channels, r.batch_size}, {}, {}, {}};
 
     std::vector<float> picture;
@@ -230,26 +285,66 @@ Context::Latents Context::start(const Request & r) {
         picture = image_from_rgb(r.init_image, r.width, r.height).data;
         out.init = encode_picture(picture, r.width, r.height, tile_for(r));
     }
-    if (r.mask) {
+    // A Fill model sees what is around the mask, and was trained to paint all of the picture.
+    if (r.mask && pipeline_->extra_input() != ExtraInput::fill) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
-    if (inputs == 2 * format.channels) {
-        fail(Status::unsupported, "this is an InstructPix2Pix model (%lld input channels); only its text encoder and "
-             "autoencoder can be used so far", static_cast<long long>(inputs));
-    }
-    if (inputs == 2 * format.channels + 1) {
-        // An inpainting model sees the mask, and the picture with grey where it is to repaint.
-        const int64_t plane = static_cast<int64_t>(r.width) * r.height;
+    out.extra = extra_channels(r, std::move(picture), out.mask);
+    return out;
+}
+
+// What the denoiser sees behind the latent's own channels, in the order of ExtraInput: [w, h, C, 1].
+std::optional<Tensor> Context::extra_channels(const Request & r, std::vector<float> picture,
+                                              const std::optional<Tensor> & mask) {
+    const int64_t         side = pipeline_->latent_format().reduction, plane = static_cast<int64_t>(r.width) * r.height;
+    const int64_t         w = r.width / side, h = r.height / side;
+    std::optional<Tensor> out;
+    const auto            add = [&](const std::vector<float> & values) {
+        out = out ? out : Tensor({w, h, 0, 1});
+        out->ne[2] += static_cast<int64_t>(values.size()) / (w * h);
+        append(out->data, values);
+    };
+    const auto add_latent = [&](const std::vector<float> & rgb) {
+        add(encode_picture(rgb, r.width, r.height, tile_for(r)).data);
+    };
+    const auto is_repainted = [&](int64_t pixel) { return !r.mask || r.mask[pixel] >= 128; };
+    const auto hide = [&] { // under grey, what is to be repainted
         picture.resize(static_cast<size_t>(3 * plane), 0.0f);
         for (int64_t i = 0; i < 3 * plane; ++i) {
-            picture[i] = !r.mask || r.mask[i % plane] >= 128 ? 0.0f : picture[i];
+            picture[i] = is_repainted(i % plane) ? 0.0f : picture[i];
         }
-        Tensor shown = encode_picture(picture, r.width, r.height, tile_for(r));
-        out.extra = Tensor({w, h, 1 + format.channels, 1});
-        for (int64_t i = 0; i < w * h; ++i) {
-            out.extra->data[i] = !out.mask || out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
+    };
+    switch (pipeline_->extra_input()) {
+    case ExtraInput::none:
+    case ExtraInput::control:
+        break;
+    case ExtraInput::pix2pix:
+        fail(Status::unsupported, "this is an InstructPix2Pix model (%d input channels); only its text encoder and "
+             "autoencoder can be used so far", pipeline_->input_channels());
+    case ExtraInput::inpainting: {
+        std::vector<float> cells(static_cast<size_t>(w * h), 1.0f);
+        for (size_t i = 0; mask && i < cells.size(); ++i) {
+            cells[i] = mask->data[i] >= 0.5f ? 1.0f : 0.0f;
         }
-        std::copy(shown.data.begin(), shown.data.end(), out.extra->data.begin() + w * h);
+        hide();
+        add(cells);
+        add_latent(picture);
+        break;
+    }
+    case ExtraInput::fill: {
+        std::vector<float> pixels(static_cast<size_t>(plane));
+        for (int64_t i = 0; i < plane; ++i) {
+            const int64_t x = i % r.width, y = i / r.width, channel = y % side * side + x % side;
+            pixels[(channel * h + y / side) * w + x / side] = is_repainted(i) ? 1.0f : 0.0f;
+        }
+        hide();
+        add_latent(picture);
+        add(pixels);
+        break;
+    }
+    }
+    if (r.control_image) {
+        add_latent(image_from_rgb(r.control_image, r.width, r.height).data);
     }
     return out;
 }
@@ -260,12 +355,13 @@ void Context::generate(Request r, uint8_t * rgb) {
     const Claim claim(*this, r.keep_going);
     complete(r);
     loras_.apply(r.loras);
+    check_control(r);
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
-    const NoiseSchedule trained = pipeline_->noise_schedule();
-    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Latents       begin = start(r);
+    const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
+    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -273,6 +369,9 @@ void Context::generate(Request r, uint8_t * rgb) {
         const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * r.strength));
         sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
     }
+
+    const Prediction prediction = pipeline_->prediction();
+    const auto       kept_at = [&](float sigma) { return prediction == Prediction::flow ? 1 - sigma : 1.0f; };
 
     const size_t                      one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
     const size_t                      plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
@@ -283,21 +382,28 @@ void Context::generate(Request r, uint8_t * rgb) {
         float * at = x.data() + image * one;
         rngs.back()->normal(at, one);
         for (size_t i = 0; i < one; ++i) {
-            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] : 0.0f);
+            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] * kept_at(sigmas.front()) : 0.0f);
         }
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
-    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1});
+    const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
+    Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
-    for (const auto & [name, tensor] : conditioning) {
-        inputs[name] = &tensor;
+    if (pipeline_->defaults().guidance > 0) {
+        std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
+        inputs["guidance"] = &guidance;
+    }
+    for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
+        for (const auto & [name, tensor] : *part) {
+            inputs[name] = &tensor;
+        }
     }
     const int  steps = static_cast<int>(sigmas.size()) - 1;
     int        done = 0;
     const auto denoise = [&](const std::vector<float> & noisy, float sigma, std::vector<float> & denoised) {
-        const float spread = std::sqrt(sigma * sigma + 1);
+        const float spread = prediction == Prediction::flow ? 1.0f : std::sqrt(sigma * sigma + 1);
         for (int run = 0; run < runs; ++run) {
             float *       to = latent.data.data() + run * (one + extra);
             const float * from = noisy.data() + (run % r.batch_size) * one;
@@ -315,7 +421,7 @@ void Context::generate(Request r, uint8_t * rgb) {
         denoised.resize(noisy.size());
         for (size_t i = 0; i < noisy.size(); ++i) {
             const float model = guided ? out[noisy.size() + i] + r.cfg_scale * (out[i] - out[noisy.size() + i]) : out[i];
-            denoised[i] = pipeline_->prediction() == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
+            denoised[i] = prediction == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
                                                                    : noisy[i] - sigma * model;
             if (begin.mask) { // what is not to be repainted is known
                 const float repaint = begin.mask->data[i % plane];
@@ -354,7 +460,7 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
-                       [&](float value) { return value / format.scale; });
+                       [&](float value) { return value / format.scale + format.shift; });
         const Tensor picture = in_tiles(unscaled, tile, format.reduction, 1, [&](const Tensor & part) {
             return runner_
                 .run("vae_decode", {{"latent", &part}}, [&](Graph & g) { g.output("image", pipeline_->decode_latent(g)); })
@@ -411,7 +517,7 @@ double Context::lora_drift() {
 
 LoraReport Context::inspect_lora(const std::string & path) {
     const Claim claim(*this, {});
-    return read_lora(path, lora_names_, family_->name).report;
+    return read_lora(path, lora_names_, written(*family_)).report;
 }
 
 void Context::set_profiling(bool on) {
@@ -426,25 +532,35 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         inputs[name] = &tensor;
     }
     const auto skip = given.find("clip_skip");
+    const bool is_text = network == "text" || network == "pooled";
     const auto build = [&](Graph & g) {
-        g.output("out", network == "text"         ? pipeline_->text(g, skip == given.end() ? 1 : static_cast<int>(skip->second.data[0]))
-                        : network == "denoise"    ? pipeline_->denoise(g)
+        if (is_text) {
+            pipeline_->text(g, skip == given.end() ? pipeline_->defaults().clip_skip
+                                                   : static_cast<int>(skip->second.data[0]));
+            return;
+        }
+        g.output("out", network == "denoise"      ? pipeline_->denoise(g)
                         : network == "vae_encode" ? pipeline_->encode_image(g)
                                                   : pipeline_->decode_latent(g));
     };
-    if (network != "text" && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
-        fail(Status::bad_argument, "network '%s' is not known; there are: text, denoise, vae_encode, vae_decode", network.c_str());
+    if (!is_text && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
+        fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
+             network.c_str());
     }
     runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
-    runner_.adapt(network == "text" || network == "denoise" ? loras_.adapters() : nullptr,
-                  network == "text"                   ? loras_.text_strengths(0)
+    runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
+                  is_text                             ? loras_.text_strengths(0)
                   : network == "denoise" && loras_.adapters() ? loras_.denoiser_strengths(0, 1, runs)
                                                       : Tensor());
-    Tensor out = std::move(runner_.run(network, inputs, build).at("out"));
+    auto       outputs = runner_.run(network, inputs, build);
+    const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
     runner_.keep_only("");
-    return out;
+    if (out == outputs.end()) {
+        fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
+    }
+    return std::move(out->second);
 }
 
 } // namespace sd
