@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,10 +108,16 @@ def llama_name(name: str) -> str:
     return {"shared.weight": "token_embd.weight", "encoder.final_layer_norm.weight": "enc.output_norm.weight"}[name]
 
 
-def write_gguf(c: TinyT5, path: Path, kind: str) -> dict[str, np.ndarray]:
-    """A file as llama.cpp's tools write it, its matrices of that type; returns what its weights mean: float32."""
+def write_gguf(
+    c: TinyT5, path: Path, kind: str = "f32", describe: Callable[[gguf.GGUFWriter], None] = lambda _: None
+) -> dict[str, np.ndarray]:
+    """A file as llama.cpp's tools write it, its matrices of that type; returns what its weights mean: float32.
+
+    `describe` adds metadata.
+    """
     raw = gguf.GGMLQuantizationType[kind.upper()]
     writer = gguf.GGUFWriter(path, arch="t5encoder")
+    describe(writer)
     meant = {}
     for name, values in weights(c).items():
         fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[raw][0] == 0

@@ -163,8 +163,7 @@ def test_tensors_that_were_quantised_in_another_shape(tmp_path, tiny_folder, nat
     shapes = {w["name"]: w["shape"] for w in _native.probe_weights(plain)}
     assert {w["name"]: w["shape"] for w in _native.probe_weights(context)} == shapes
 
-    # Of q8_0 whole rows stay so, and ggml rounds what is multiplied with them to 8 bits as well.
-    check_as(context, plain, write_lora(tmp_path), tolerance=5e-3 if kind == "q4_K" else 4e-2)
+    check_as(context, plain, write_lora(tmp_path), tolerance=5e-3)  # of f16, in which ragged rows are resident
 
 
 @pytest.mark.parametrize("shape", [[3, 3], [64, 0], [-64, -1], [2**31 - 1] * 4, [1] * 20, []])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ from cases_t5 import LOUD, STATES, T5
 from closeness import assert_close
 from safetensors.numpy import save_file
 
-from sdcpp_py import BadFile, Unsupported, _native
+from sdcpp_py import BadFile, Io, Unsupported, _native
 from sdcpp_py.files import data_dir
 
 HERE = Path(__file__).parents[1] / "golden"
@@ -31,7 +32,10 @@ def test_states_are_those_of_transformers(tmp_path, case):
     assert_close(got[0], GOLDEN[case.name], tolerance=1e-5)
 
 
-def test_activations_beyond_half_precision(tmp_path):
+@pytest.mark.parametrize("kernels", ["reference", "plain"])
+def test_activations_beyond_half_precision(tmp_path, monkeypatch, kernels):
+    """ggml's products with f16 weights, which other devices use, round what they multiply to f16."""
+    monkeypatch.setenv("SDCPP_KERNELS", kernels)
     case = next(case for case in STATES if case.model == LOUD)
     got = _native.probe_t5(str(tiny_t5.write_folder(LOUD, tmp_path, "float16")), case.ids)
     assert_close(got[0], GOLDEN[case.name], tolerance=5e-3)
@@ -46,7 +50,7 @@ def test_every_layout_is_the_same_encoder(tmp_path):
     save_file(both, tmp_path / "both.safetensors")
     for prefix in ("text_encoders.t5xxl.transformer.", "text_encoder_3.", "text_encoder_2."):
         save_file({prefix + name: values for name, values in weights.items()}, tmp_path / f"{prefix}safetensors")
-    tiny_t5.write_gguf(T5, tmp_path / "llama.gguf", "f32")
+    tiny_t5.write_gguf(T5, tmp_path / "llama.gguf")
     tiny_t5.write_folder(T5, tmp_path / "folder")
     case = STATES[1]
     for path in tmp_path.iterdir():
@@ -103,14 +107,8 @@ def vocabularies(tmp_path_factory):
     shutil.copytree(weights, root / "alone")
     shutil.copy(t5_vocabulary.SPIECE, root / "alone" / "spiece.model")
     for with_charsmap in (True, False):
-        writer = gguf.GGUFWriter(root / f"{with_charsmap}.gguf", arch="t5encoder")
-        t5_vocabulary.add_to_gguf(writer, with_charsmap=with_charsmap)
-        for name, values in tiny_t5.weights(T5).items():
-            writer.add_tensor(tiny_t5.llama_name(name), values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        describe = partial(t5_vocabulary.add_to_gguf, with_charsmap=with_charsmap)
+        tiny_t5.write_gguf(T5, root / f"{with_charsmap}.gguf", describe=describe)
     return root
 
 
@@ -125,3 +123,31 @@ def test_ids_are_those_of_tokenizers(vocabularies, place):
     got = ids_of(vocabularies / place, joined)
     want = [id for _, ids in texts for id in [*ids, 3, 226]][:-2]
     assert got == want
+
+
+@pytest.mark.parametrize(
+    ("tokens", "scores", "kinds", "message"),
+    [
+        (["<unk>", "a"], [0.0], [2, 1], "2 tokens, 1 scores and 2 types"),
+        (["<unk>", "a"], [0.0, -1.0], [2], "2 tokens, 2 scores and 1 types"),
+        (["<unk>", "a"], [0.0, -1.0], [2, 7], "token 1 of its tokenizer is of the unknown type 7"),
+        (["<unk>", "a"], [0.0, -1.0], [1, 1], "no piece for what is unknown"),
+        (["<unk>", "a"], [0.0, float("nan")], [2, 1], "'a' has the score nan"),
+        ([1, 2], [0.0, -1.0], [2, 1], "0 tokens"),
+    ],
+)
+def test_a_damaged_vocabulary_of_a_gguf_file_is_refused(tmp_path, tokens, scores, kinds, message):
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_array("tokenizer.ggml.tokens", tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(kinds)
+
+    tiny_t5.write_gguf(T5, tmp_path / "t5.gguf", describe=describe)
+    with pytest.raises(BadFile, match=message):
+        ids_of(tmp_path / "t5.gguf", "a")
+
+
+def test_the_vocabulary_that_ships_may_be_missing(tmp_path):
+    tiny_t5.write_folder(T5, tmp_path)
+    with pytest.raises(Io, match=r"t5_spiece\.model"):
+        _native.probe_t5_tokens(str(tmp_path), "a", str(tmp_path))

@@ -103,9 +103,12 @@ Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
     return bias ? ggml_add(ctx_, y, over_tokens(vector(bias), y)) : y;
 }
 
-// Kernels for f16 weights round x to f16 first, where it would become infinite: rows go in with a root mean square of
-// 1 and come out by that much larger.
+// ggml rounds x to f16 where the weight is f16, and to infinity beyond that: rows go in with a root mean square of 1 and
+// come out by that much larger. Our own kernels keep the range of f32.
 Value Graph::linear_of_large(const Weight * weight, Value x) {
+    if (kernels_ && Product::can(weight->tensor)) {
+        return linear(weight, nullptr, x);
+    }
     Value size = ggml_sqrt(ctx_, ggml_mean(ctx_, ggml_sqr(ctx_, x))); // [1, T, N]
     Value y = linear(weight, nullptr, ggml_rms_norm(ctx_, x, std::numeric_limits<float>::min()));
     return ggml_mul(ctx_, y, size);
