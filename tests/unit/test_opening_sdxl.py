@@ -138,6 +138,41 @@ def test_the_refiner_is_refused_by_its_name(single: Callable[..., Path], tmp_pat
         SDContext(edited(single(SDXL), tmp_path / "refiner.safetensors", change))
 
 
+Q_PROJ = "text_model.encoder.layers.1.self_attn.q_proj"
+
+
+def changed_folder(folder: Path, to: Path, change: Callable[[Tensors], Any]) -> Path:
+    """A copy whose second text encoder is another."""
+    shutil.copytree(folder, to)
+    file = to / "text_encoder_2" / "model.safetensors"
+    edited(file, file, change)
+    return to
+
+
+def test_parts_of_a_fused_weight_may_differ_in_type(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Then it is held in float32, in which all of them are exact."""
+
+    def change(tensors: Tensors) -> None:
+        name = f"{Q_PROJ}.weight"
+        tensors[name] = tensors[name].astype(np.float16)
+
+    case = next(case for case in NETWORKS if case.name == "sdxl-text")
+    with SDContext(tiny_folder(SDXL)) as context:
+        want = _native.probe_run(context._native, "text", **case.inputs)
+    with SDContext(changed_folder(tiny_folder(SDXL), tmp_path / "mixed", change)) as context:
+        types = {w["name"]: w["type"] for w in _native.probe_weights(context._native)}
+        assert types["conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight"] == "f32"
+        assert_close(_native.probe_run(context._native, "text", **case.inputs), want, tolerance=1e-3)
+
+
+def test_a_part_of_a_fused_weight_is_missing_or_misshapen(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, name = tiny_folder(SDXL), f"{Q_PROJ}.weight"
+    with pytest.raises(BadFile, match=r"1 of \d+ weights are missing, first .*resblocks\.1\.attn\.in_proj_bias"):
+        SDContext(changed_folder(folder, tmp_path / "missing", lambda t: t.pop(f"{Q_PROJ}.bias")))
+    with pytest.raises(BadFile, match=r"q_proj\.weight is 100x128 here, 128x128 in this architecture"):
+        SDContext(changed_folder(folder, tmp_path / "misshapen", lambda t: t.update({name: t[name][:100].copy()})))
+
+
 @pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
 def test_models_of_other_noise_are_refused(mark: str, single: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="EDM"):
