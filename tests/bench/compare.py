@@ -3,11 +3,11 @@
     python tests/bench/checkpoint.py sd15-random.safetensors
     python tests/bench/compare.py sd15-random.safetensors [--peer PYTHON] [--diffusers PYTHON] [--openvino PYTHON]
 
-`--peer` is a Python that has stable-diffusion-cpp-python, `--diffusers` one that has diffusers and torch, `--openvino` one
-that has OpenVINO as well; what is not given is left out. Every measurement is a fresh process: opening the file warm, a picture of a few steps with
-guidance, and the peak memory of the process. diffusers gets networks of the same shapes and its steps are UNet calls
-on a batch of two. Prints medians, ratios to the first peer, and the share of the rate at which this processor
-multiplies matrices that fit its cache, measured in the same run.
+`--peer` is a Python that has stable-diffusion-cpp-python, `--diffusers` one that has diffusers and torch, `--openvino`
+one that has OpenVINO as well; what is not given is left out. Every measurement is a fresh process: opening the file
+warm, a picture of a few steps with guidance, and the peak memory of the process. Networks of diffusers have the same
+shapes, and a step of theirs is a UNet call on a batch of two. Prints medians, ratios, and the rate at which torch
+multiplies matrices that fit the cache, measured in the same run.
 """
 
 from __future__ import annotations
