@@ -177,7 +177,15 @@ TEST_CASE("a component given apart replaces that one, in any of its spellings") 
           Names{rest, clip, vae, "unet.conv_in.b", "unet.down_blocks.0.a"});
 
     CHECK(names_with("clip_l", {"cond_stage_model.transformer.text_model.y"}) ==
-          Names{rest, "text_encoder.text_model.y", vae, unet});
+          Names{rest, vae, unet, "text_encoder.text_model.y"});
+    for (const char * name : {"encoder.block.3.layer.1.DenseReluDense.wi_0.weight", "enc.blk.3.ffn_gate.weight",
+                              "text_encoder_2.encoder.block.3.layer.1.DenseReluDense.wi_0.weight",
+                              "text_encoder_3.encoder.block.3.layer.1.DenseReluDense.wi_0.weight"}) {
+        CAPTURE(name);
+        CHECK(names_with("t5xxl", {name}) ==
+              Names{rest, clip, vae, unet,
+                    "text_encoders.t5xxl.transformer.encoder.block.3.layer.1.DenseReluDense.wi_0.weight"});
+    }
     for (const char * name :
          {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
           "text_encoder.text_model.embeddings.token_embedding.weight",
