@@ -112,6 +112,14 @@ class Truth:
         config = self.vae.config
         return (self.vae.encode(rgb).latent_dist.mode() - config.shift_factor) * config.scaling_factor
 
+    def pipe(self, name: str, scheduler: Any) -> Any:
+        """diffusers' pipeline of that name; prompts come to it as states."""
+        parts = dict(self.texts, transformer=self.transformer, vae=self.vae, scheduler=scheduler)
+        encoders = ("text_encoder", "text_encoder_2") if self.is_flux else tuple(ENCODERS)
+        parts |= {encoder: None for encoder in encoders if encoder not in parts}
+        parts |= {encoder.replace("text_encoder", "tokenizer"): None for encoder in encoders}
+        return getattr(diffusers, name)(**parts)
+
     def run(self, run: cases_dit.Run) -> np.ndarray:
         """The latent that diffusers' pipeline ends with."""
         request = run.request()
@@ -120,11 +128,7 @@ class Truth:
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(self.folder / "scheduler")
         if "shift" in request:
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=request["shift"])
-        parts = dict(self.texts, transformer=self.transformer, vae=self.vae, scheduler=scheduler)
-        encoders = ("text_encoder", "text_encoder_2") if self.is_flux else tuple(ENCODERS)
-        parts |= {name: None for name in encoders if name not in parts}
-        parts |= {name.replace("text_encoder", "tokenizer"): None for name in encoders}
-        pipe = getattr(diffusers, run.pipeline)(**parts)
+        pipe = self.pipe(run.pipeline, scheduler)
         pipe.set_progress_bar_config(disable=True)
 
         tokens, pooled = self.states(request["prompt"])

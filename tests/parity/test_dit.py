@@ -70,3 +70,33 @@ def test_original_names_are_those_that_diffusers_converts(model: cases_dit.Model
     assert got.keys() == want.keys()
     for name, values in want.items():
         np.testing.assert_array_equal(got[name].numpy(), shown(values), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline"),
+    [(FLUX, "FluxPipeline"), (FLUX_FILL, "FluxFillPipeline"), (SD35_MEDIUM, "StableDiffusion3Pipeline")],
+    ids=["flux", "turbo-on-fill", "sd3.5"],
+)
+def test_loras_act_as_diffusers_has_them(
+    model: cases_dit.Model, pipeline: str, dit: Callable[..., SDContext], tmp_path: Path
+) -> None:
+    """On all modules of the plain model; on Fill diffusers fills the missing input features up with zeros."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from reference_dit import Truth
+
+    plain = FLUX if isinstance(model, cases_dit.TinyFlux) else model
+    weights, modules = lora_dit.original(plain), lora_dit.family(plain).modules(plain)
+    paths = [p for m, parts in modules.items() if weights.get(f"{m}.weight", np.zeros(1)).ndim == 2 for p in parts]
+    update = lora_dit.random_update(plain, paths)
+    file = lora_dit.write(lora_dit.peft("transformer.")(update), tmp_path / "lora.safetensors")
+
+    truth = Truth(model, tmp_path / "model")
+    pipe = truth.pipe(pipeline, FlowMatchEulerDiscreteScheduler())
+    pipe.load_lora_weights(str(tmp_path), weight_name=file.name, adapter_name="one")
+    pipe.set_adapters("one", 0.7)
+    case = cases_dit.denoise("lora", model, 6, 4, [500.0])
+    context = dit(model)
+    context.apply_loras([(str(file), 0.7)])
+    got = _native.probe_run(context._native, case.network, **case.inputs)
+    context.apply_loras([])
+    assert_close(got, truth.network(case), 1e-5)

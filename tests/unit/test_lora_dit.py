@@ -276,11 +276,8 @@ def write_gguf(weights: Tensors, path: Path, kind: gguf.GGMLQuantizationType) ->
     return path, meant
 
 
-# The truth multiplies in float32 what the engine multiplies as the type asks, with activations in f16 or 8 bits.
-@pytest.mark.parametrize(("kind", "tolerance"), [("F16", 5e-3), ("Q8_0", 2e-2), ("Q4_0", 2e-2)])
-def test_case_32_turbo_alpha_on_fill(
-    kind: str, tolerance: float, dit_with: Callable[..., SDContext], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_case_32_turbo_alpha_on_fill(kind: str, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
     """The first 64 of 384 input features change, and nothing is left when the prompt drops it."""
     file, meant = write_gguf(lora_dit.original(FLUX_FILL), tmp_path / "fill.gguf", gguf.GGMLQuantizationType[kind])
     update = turbo()
@@ -292,7 +289,7 @@ def test_case_32_turbo_alpha_on_fill(
         assert report.padded == ["transformer.x_embedder: 64 of 384 input features"]
         assert (report.unmatched, report.skipped) == ([], [])
         context.apply_loras([(str(path), 1.0)])
-        assert_close(denoise(context, FLUX_FILL), want, tolerance)
+        assert_close(denoise(context, FLUX_FILL), want, TOLERANCE)
         context.apply_loras([])
         np.testing.assert_array_equal(denoise(context, FLUX_FILL), base)
         assert context.fingerprint() == fingerprint
@@ -392,6 +389,8 @@ def test_control_loras_need_the_runtime_mode_and_a_plain_model(
     restoring = dit_with(FLUX, lora_dit.original(FLUX), lora_mode="restore")
     with restoring as context, pytest.raises(BadArgument, match="lora_mode 'runtime'"):
         context.apply_loras([(str(path), 1.0)])
+    skipped = dit(FLUX_FILL).inspect_lora(path).skipped
+    assert any("takes 128 inputs, of which some are another picture's" in why for why in skipped)
     report = dit(FLUX).inspect_lora(path)
     assert any("needs a control_image" in warning for warning in report.warnings)
 

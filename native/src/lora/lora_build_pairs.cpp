@@ -44,6 +44,12 @@ void LoraBuilder::add_low_rank(const LoraGroup & group, const LoraTarget & targe
         module.factors["down"] =
             read_inputs(down, form, !mid, "down", is_input_embedding(*target.weight) ? &padded : nullptr);
     }
+    // A plain model's are the first half of a control model's, and the first sixth of Fill's.
+    if (wide > 0 && module.inputs == 0 && padded > 0 && form.in != 2 * padded && form.in != 6 * padded) {
+        throw Misfit{text("takes %lld inputs, of which some are another picture's than those of this model's %lld",
+                          static_cast<long long>(padded), static_cast<long long>(form.in)),
+                     true, padded};
+    }
     module.factors["up"] = read_exactly(up, {form.out, rank}, "up");
     if (mid) {
         module.factors["mid"] = read_exactly(need(mid, "mid"), {rank, rank, form.kh, form.kw}, "mid");

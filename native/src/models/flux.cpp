@@ -102,8 +102,8 @@ struct Heads {
 };
 
 // Out of tokens whose first 3 * hidden features are q, k and v.
-Heads split_heads(Graph & g, const FluxConfig & c, Value qkv, const HeadNorm & query_norm,
-                  const HeadNorm & key_norm) {
+Heads split_heads(Graph & g, const FluxConfig & c, Value qkv, const RmsNorm & query_norm,
+                  const RmsNorm & key_norm) {
     const auto part = [&](int64_t i) { return g.by_heads(g.part(qkv, i * c.hidden, c.hidden), c.heads()); };
     return {query_norm(g, part(0)), key_norm(g, part(1)), part(2)};
 }
@@ -160,10 +160,13 @@ Value FluxSingleBlock::operator()(Graph & g, Value x, Value vec, const Rotation 
 
 Flux::Flux(const Scope & here, const std::string & axes)
     : c(FluxConfig::read(here, axes)), here_(here),
-      time_in_{here.at("time_in", "time_text_embed.timestep_embedder"), time_features, c.hidden},
-      pooled_in_{here.at("vector_in", "time_text_embed.text_embedder"), c.pooled, c.hidden} {
+      time_in_{here.at("time_in", "time_text_embed.timestep_embedder"), "in_layer", "out_layer",
+               time_features, c.hidden},
+      pooled_in_{here.at("vector_in", "time_text_embed.text_embedder"), "in_layer", "out_layer", c.pooled,
+                 c.hidden} {
     if (c.guidance) {
-        guidance_in_ = {here.at("guidance_in", "time_text_embed.guidance_embedder"), time_features, c.hidden};
+        guidance_in_ = {here.at("guidance_in", "time_text_embed.guidance_embedder"), "in_layer", "out_layer",
+                        time_features, c.hidden};
     }
     for (int64_t i = 0; i < c.double_blocks; ++i) {
         const std::string number = std::to_string(i);

@@ -51,8 +51,8 @@ struct FluxStream {
 
     Linear      modulation{here.at(own + "_mod.lin", side.norm + std::string(".linear")), c.hidden, 6 * c.hidden};
     FusedLinear qkv{attention.at("qkv", ""), c.hidden, {{side.q, c.hidden}, {side.k, c.hidden}, {side.v, c.hidden}}};
-    HeadNorm    query_norm{attention.at("norm.query_norm.scale", side.norm_q + std::string(".weight")), c.head_size};
-    HeadNorm    key_norm{attention.at("norm.key_norm.scale", side.norm_k + std::string(".weight")), c.head_size};
+    RmsNorm     query_norm{attention.at("norm.query_norm.scale", side.norm_q + std::string(".weight")), c.head_size, 1e-6f, ""};
+    RmsNorm     key_norm{attention.at("norm.key_norm.scale", side.norm_k + std::string(".weight")), c.head_size, 1e-6f, ""};
     Linear      proj{attention.at("proj", side.out), c.hidden, c.hidden};
     Linear      mlp1{here.at(own + "_mlp.0", side.mlp + std::string(".net.0.proj")), c.hidden, c.mlp};
     Linear      mlp2{here.at(own + "_mlp.2", side.mlp + std::string(".net.2")), c.mlp, c.hidden};
@@ -80,21 +80,10 @@ struct FluxSingleBlock {
                         c.hidden,
                         {{"attn.to_q", c.hidden}, {"attn.to_k", c.hidden}, {"attn.to_v", c.hidden}, {"proj_mlp", c.mlp}}};
     Linear      linear2{here.at("linear2", "proj_out"), c.hidden + c.mlp, c.hidden};
-    HeadNorm    query_norm{here.at("norm.query_norm.scale", "attn.norm_q.weight"), c.head_size};
-    HeadNorm    key_norm{here.at("norm.key_norm.scale", "attn.norm_k.weight"), c.head_size};
+    RmsNorm     query_norm{here.at("norm.query_norm.scale", "attn.norm_q.weight"), c.head_size, 1e-6f, ""};
+    RmsNorm     key_norm{here.at("norm.key_norm.scale", "attn.norm_k.weight"), c.head_size, 1e-6f, ""};
 
     Value operator()(Graph & g, Value x, Value vec, const Rotation & turn) const;
-};
-
-// Two layers that bring a vector into the modulation.
-struct FluxVector {
-    Scope   here;
-    int64_t in, hidden;
-
-    Linear in_layer{here.at("in_layer", "linear_1"), in, hidden};
-    Linear out_layer{here.at("out_layer", "linear_2"), hidden, hidden};
-
-    Value operator()(Graph & g, Value x) const { return out_layer(g, g.silu(in_layer(g, x))); }
 };
 
 class Flux {
@@ -113,9 +102,9 @@ class Flux {
     Scope                        here_;
     Linear                       image_in_{here_.at("img_in", "x_embedder"), c.inputs, c.hidden};
     Linear                       text_in_{here_.at("txt_in", "context_embedder"), c.context, c.hidden};
-    FluxVector                   time_in_;
-    FluxVector                   pooled_in_;
-    std::optional<FluxVector>    guidance_in_;
+    VectorEmbedder                time_in_;
+    VectorEmbedder                pooled_in_;
+    std::optional<VectorEmbedder> guidance_in_;
     std::vector<FluxDoubleBlock> double_;
     std::vector<FluxSingleBlock> single_;
     FusedLinear                  modulation_out_{here_.at("final_layer.adaLN_modulation.1", "norm_out.linear"),

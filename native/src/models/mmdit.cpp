@@ -53,9 +53,9 @@ MmditConfig MmditConfig::read(const Scope & mmdit) {
 
 // ---- blocks --------------------------------------------------------------------------------------------
 
-std::optional<HeadNorm> MmditAttention::norm(const char * name, const std::string & diffusers_name) const {
+std::optional<RmsNorm> MmditAttention::norm(const char * name, const std::string & diffusers_name) const {
     const Scope at = here.at(name, diffusers_name + ".weight");
-    return at.has("") ? std::optional<HeadNorm>({at, c.head_size, eps}) : std::nullopt;
+    return at.has("") ? std::optional<RmsNorm>({at, c.head_size, eps, ""}) : std::nullopt;
 }
 
 std::optional<Linear> MmditAttention::way_out() const {
@@ -69,7 +69,7 @@ std::vector<Value> MmditAttention::operator()(Graph & g, Value x) const {
     x = qkv(g, x);
     std::vector<Value> out;
     for (int64_t i = 0; i < 3; ++i) {
-        const std::optional<HeadNorm> & norm = i == 0 ? query_norm : key_norm;
+        const std::optional<RmsNorm> & norm = i == 0 ? query_norm : key_norm;
         Value part = g.by_heads(g.part(x, i * c.hidden, c.hidden), c.heads());
         out.push_back(norm && i < 2 ? (*norm)(g, part) : part);
     }
@@ -137,8 +137,10 @@ void MmditBlock::operator()(Graph & g, Value & image_tokens, Value & text_tokens
 
 Mmdit::Mmdit(const Scope & here)
     : c(MmditConfig::read(here)), here_(here),
-      time_in_{here.at("t_embedder", "time_text_embed.timestep_embedder"), time_features, c.hidden},
-      pooled_in_{here.at("y_embedder", "time_text_embed.text_embedder"), c.pooled, c.hidden} {
+      time_in_{here.at("t_embedder", "time_text_embed.timestep_embedder"), "mlp.0", "mlp.2", time_features,
+               c.hidden},
+      pooled_in_{here.at("y_embedder", "time_text_embed.text_embedder"), "mlp.0", "mlp.2", c.pooled,
+                 c.hidden} {
     for (int64_t i = 0; i < c.blocks; ++i) {
         const std::string number = std::to_string(i);
         blocks_.push_back(

@@ -34,15 +34,15 @@ struct MmditAttention {
     FusedLinear             qkv{here.at("qkv", ""),
                                 c.hidden,
                                 {{diffusers[0], c.hidden}, {diffusers[1], c.hidden}, {diffusers[2], c.hidden}}};
-    std::optional<HeadNorm> query_norm = norm("ln_q.weight", diffusers[3]);
-    std::optional<HeadNorm> key_norm = norm("ln_k.weight", diffusers[4]);
+    std::optional<RmsNorm> query_norm = norm("ln_q.weight", diffusers[3]);
+    std::optional<RmsNorm> key_norm = norm("ln_k.weight", diffusers[4]);
     std::optional<Linear>   out = way_out();
 
     // [hidden, T, N] -> three of [head size, heads, T, N]
     std::vector<Value> operator()(Graph & g, Value x) const;
 
   private:
-    std::optional<HeadNorm> norm(const char * name, const std::string & diffusers_name) const; // SD 3.5 has them
+    std::optional<RmsNorm> norm(const char * name, const std::string & diffusers_name) const; // SD 3.5 has them
     std::optional<Linear>   way_out() const;
 };
 
@@ -81,17 +81,6 @@ struct MmditBlock {
     void operator()(Graph & g, Value & image_tokens, Value & text_tokens, Value vec) const;
 };
 
-// Two layers that bring a vector into the modulation.
-struct MmditVector {
-    Scope   here;
-    int64_t in, hidden;
-
-    Linear first{here.at("mlp.0", "linear_1"), in, hidden};
-    Linear second{here.at("mlp.2", "linear_2"), hidden, hidden};
-
-    Value operator()(Graph & g, Value x) const { return second(g, g.silu(first(g, x))); }
-};
-
 class Mmdit {
   public:
     explicit Mmdit(const Scope & here);
@@ -109,8 +98,8 @@ class Mmdit {
     Conv2d                  image_in_{here_.at("x_embedder.proj", "pos_embed.proj"), c.channels, c.hidden, 2, 2, 0};
     const Weight *          positions_ = here_.at("pos_embed", "pos_embed.pos_embed").table("", c.hidden, c.positions * c.positions);
     Linear                  text_in_{here_.at("context_embedder"), c.context, c.hidden};
-    MmditVector             time_in_;
-    MmditVector             pooled_in_;
+    VectorEmbedder          time_in_;
+    VectorEmbedder          pooled_in_;
     std::vector<MmditBlock> blocks_;
     FusedLinear             modulation_out_{here_.at("final_layer.adaLN_modulation.1", "norm_out.linear"),
                                             c.hidden,

@@ -94,25 +94,28 @@ struct LayerNorm {
     Value operator()(Graph & g, Value x) const { return g.layer_norm(weight, bias, x, eps); }
 };
 
-// Over the features of a head. `here` is the parameter itself, whose last name differs between layouts.
-struct HeadNorm {
-    Scope   here;
-    int64_t width;
-    float   eps = 1e-6f;
+struct RmsNorm {
+    Scope        here;
+    int64_t      width;
+    float        eps = 1e-6f;
+    const char * leaf = "weight"; // "" where `here` is the parameter, for its last name differs between layouts
 
-    const Weight * weight = here.required("", {width, 1, 1, 1});
+    const Weight * weight = here.required(leaf, {width, 1, 1, 1});
 
     Value operator()(Graph & g, Value x) const { return g.rms_norm(weight, x, eps); }
 };
 
-struct RmsNorm {
-    Scope   here;
-    int64_t width;
-    float   eps = 1e-6f;
+// Two layers that bring a vector, as a timestep's, into a transformer's modulation.
+struct VectorEmbedder {
+    Scope        here;
+    const char * first;  // "linear_1" and "linear_2" in diffusers
+    const char * second;
+    int64_t      in, hidden;
 
-    const Weight * weight = here.required("weight", {width, 1, 1, 1});
+    Linear inner{here.at(first, "linear_1"), in, hidden};
+    Linear outer{here.at(second, "linear_2"), hidden, hidden};
 
-    Value operator()(Graph & g, Value x) const { return g.rms_norm(weight, x, eps); }
+    Value operator()(Graph & g, Value x) const { return outer(g, g.silu(inner(g, x))); }
 };
 
 struct Embedding {
