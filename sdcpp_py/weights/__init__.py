@@ -1,7 +1,7 @@
 """Weights in files: opening, converting, quantising, writing. Needs neither torch nor a device.
 
-The streaming core is open to other tools: ``open_source`` gives tensors that are read when asked for,
-``Tensor.changed`` changes their values on the way, ``plan`` decides the types, ``write`` writes.
+``convert`` does it all. The streaming core is open to other tools: ``open_source`` gives tensors that are read when
+asked for, ``Tensor.changed`` changes their values on the way, ``plan`` decides the types, ``write`` writes.
 
 >>> from sdcpp_py.weights import open_source, plan, write
 >>> with open_source("model.safetensors") as source:  # doctest: +SKIP
@@ -9,6 +9,8 @@ The streaming core is open to other tools: ``open_source`` gives tensors that ar
 ...     write(plan(tensors, "out.gguf", type="q8_0", metadata=source.metadata, family=source.family))
 """
 
+from .convert import convert
+from .imatrix import read_imatrix
 from .source import Source, open_source
 from .tensor import TYPES, ElementType, Tensor, element_type, from_array
 from .write import Plan, plan, write
@@ -19,9 +21,11 @@ __all__ = [
     "Plan",
     "Source",
     "Tensor",
+    "convert",
     "element_type",
     "from_array",
     "open_source",
     "plan",
+    "read_imatrix",
     "write",
 ]

@@ -77,7 +77,8 @@ class Rules:
 
     Args:
         type: The type for matrices; None: as they are.
-        given: Pairs of a regular expression, searched for in the name, and a type. The first that matches counts.
+        given: Pairs of a regular expression, searched for in the name, and a type. The first that matches counts; those
+            with a quantised type concern matrices alone.
         container: "gguf" or "safetensors".
         family: Whose sensitive weights stay in 16 bits.
         importance: A weight per column by the name of a tensor.
@@ -108,21 +109,23 @@ class Rules:
             BadArgument: A given rule asks for a type that a row does not fit, or matches no tensor.
         """
         planned = [self._plan(tensor) for tensor in tensors]
-        for pattern, _ in self._given:
+        for pattern, type in self._given:
             if pattern.pattern not in self._used:
-                raise BadArgument(f"tensor type: no tensor has a name that matches {pattern.pattern!r}")
+                what = "matrix" if type.is_quantised else "tensor"
+                raise BadArgument(f"tensor type: no {what} has a name that matches {pattern.pattern!r}")
         return planned
 
     def _plan(self, tensor: Tensor) -> Planned:
         for pattern, type in self._given:
-            if pattern.search(tensor.name):
-                self._used.add(pattern.pattern)
-                if tensor.row_length % type.block:
-                    raise BadArgument(
-                        f"tensor type: {tensor.name} has rows of {tensor.row_length}, no whole blocks of {type.name}, "
-                        f"which has {type.block} in a block"
-                    )
-                return self._done(tensor, type)
+            if not pattern.search(tensor.name) or (type.is_quantised and not _is_matrix(tensor)):
+                continue
+            self._used.add(pattern.pattern)
+            if tensor.row_length % type.block:
+                raise BadArgument(
+                    f"tensor type: {tensor.name} has rows of {tensor.row_length}, no whole blocks of {type.name}, "
+                    f"which has {type.block} in a block"
+                )
+            return self._done(tensor, type)
         return self._done(tensor, *self._default(tensor))
 
     def _done(self, tensor: Tensor, type: ElementType, why: str = "") -> Planned:
@@ -146,10 +149,10 @@ class Rules:
         if not asked.is_quantised and not asked.name.startswith("f8"):
             vector = len(tensor.shape) < 2 and self._container == "gguf"
             return (TYPES["f32"], "") if vector else (asked, "")
-        if len(tensor.shape) < 2 or tensor.rows == 1 or (tensor.row_length == 1 and len(tensor.shape) == 2):
-            return (TYPES["f32"], "vector") if self._container == "gguf" else (self._held(own), "vector")
         if len(tensor.shape) > 2:
             return self._half(own), "convolution"
+        if not _is_matrix(tensor):
+            return (TYPES["f32"] if self._container == "gguf" else self._held(own)), "vector"
         if self._family is not None and self._family.is_sensitive(tensor.name):
             return self._half(own), "sensitive"
         return self._fitting(asked, tensor, own)
@@ -185,6 +188,10 @@ class Rules:
                 f"{tensor.name}: is of type {own.name}, which GGUF files cannot hold; leave it out with drop"
             )
         return TYPES[_WIDER[own.name]]
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return len(tensor.shape) == 2 and min(tensor.shape) > 1
 
 
 def _pattern(text: str) -> "re.Pattern[str]":
