@@ -11,9 +11,9 @@ from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
 from .errors import BadArgument
 from .quality import compare
 from .weights import TYPES
-from .weights.convert import convert as convert_weights
+from .weights.conversion import convert as convert_weights
 from .weights.info import LONGEST_VALUE, Holdings, describe
-from .weights.write import Plan
+from .weights.writing import Plan
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
 _WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
