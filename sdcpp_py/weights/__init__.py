@@ -11,6 +11,7 @@ asked for, ``Tensor.changed`` changes their values on the way, ``plan`` decides 
 
 from .conversion import convert
 from .imatrix import read_imatrix
+from .info import FileInfo, describe
 from .source import Source, open_source
 from .tensor import TYPES, ElementType, Tensor, element_type, from_array
 from .writing import Plan, plan, write
@@ -18,10 +19,12 @@ from .writing import Plan, plan, write
 __all__ = [
     "TYPES",
     "ElementType",
+    "FileInfo",
     "Plan",
     "Source",
     "Tensor",
     "convert",
+    "describe",
     "element_type",
     "from_array",
     "open_source",
