@@ -18,6 +18,8 @@ class _ModelInfo(TypedDict):
     prediction: str
     backend: str
     threads: int
+    kernels: str
+    precision: str
     size_multiple: int
     native_size: int
     latent_channels: int
@@ -94,6 +96,7 @@ class Context:
         data_dir: str | bytes,
         backend: str | None = None,
         threads: int = 0,
+        precision: str | None = None,
         prediction: str | None = None,
         lora_mode: str | None = None,
         base_copy: str | None = None,

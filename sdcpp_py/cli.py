@@ -88,6 +88,9 @@ def generate(
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of products on the CPU: f32, bf16 or auto. [default: auto]")
+    ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
@@ -137,6 +140,7 @@ def generate(
                 clip_l=clip_l or _known("clip-l", like, told.clip_l, told.clip_l_hash),
                 backend=backend,
                 threads=threads,
+                precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
                 lora_dir=lora_dir,
                 lora_mode=lora_mode,

@@ -80,6 +80,7 @@ class Parameters:
     mask_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
+    precision: str | None = None
     version: str | None = None
     other: dict[str, str] = field(default_factory=dict)
 
@@ -114,6 +115,7 @@ _FIELDS: Final = (
     ("Mask hash", "mask_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
+    ("Precision", "precision", str),
     ("Version", "version", str),
 )
 _EXACT = {"Exact prompt": "prompt", "Exact negative prompt": "negative_prompt"}

@@ -12,10 +12,13 @@
 
 namespace sd {
 
-// A context is used by one thread at a time, and asks its caller now and then whether to go on.
+// A context is used by one thread at a time, with the files that it opened, and asks its caller now and then whether
+// to go on.
 class Claim {
   public:
     Claim(Context & context, std::function<bool()> keep_going) : context_(context) {
+        context_.weights_.checkpoint().verify_unchanged(
+            "the model was open; open it again, with base_copy 'ram' if it may change once more");
         if (context_.busy_.exchange(true)) {
             fail(Status::busy, "this context is in use by another thread; wait for it, or open a second one");
         }
@@ -81,8 +84,8 @@ void append(std::vector<float> & to, const std::vector<float> & from) { to.inser
 } // namespace
 
 Context::Context(const OpenParams & params)
-    : log_(params.log), device_(params.backend, params.threads),
-      weights_(Checkpoint::open(params.model, params.components)),
+    : log_(params.log), device_(params.backend, params.threads, params.precision),
+      weights_(Checkpoint::open(params.model, params.components, params.in_ram)),
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
@@ -90,8 +93,9 @@ Context::Context(const OpenParams & params)
              params.loras) {
     weights_.load(device_);
     if (log_) {
-        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s", params.model.c_str(), family_->name,
-                               weights_.weights().size(), weights_.resident_bytes() >> 20, device_.name().c_str()));
+        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
+                               family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
+                               device_.name().c_str(), device_.kernels_name(), device_.precision()));
     }
 }
 
@@ -254,7 +258,6 @@ Context::Latents Context::start(const Request & r) {
 
 void Context::generate(Request r, uint8_t * rgb) {
     const Claim claim(*this, r.keep_going);
-    weights_.checkpoint().verify_unchanged();
     complete(r);
     loras_.apply(r.loras);
     runner_.adapt(nullptr);
@@ -399,6 +402,11 @@ void Context::apply_loras(const LoraState & wanted) {
 void Context::reset_loras() {
     const Claim claim(*this, {});
     loras_.reset();
+}
+
+double Context::lora_drift() {
+    const Claim claim(*this, {});
+    return loras_.drift();
 }
 
 LoraReport Context::inspect_lora(const std::string & path) {

@@ -21,8 +21,9 @@ namespace sd {
 struct OpenParams {
     std::string                model;
     std::vector<ComponentFile> components;
-    std::string                data_dir, backend, prediction;
+    std::string                data_dir, backend, prediction, precision;
     int                        threads = 0;
+    bool                       in_ram = false; // the files, which may change or vanish then
     LoraOptions                loras;
     Log                        log;
 };
@@ -66,6 +67,7 @@ class Context {
     // What generate() does first, with what its prompts name; see LoraEngine.
     void        apply_loras(const LoraState & wanted);
     void        reset_loras();
+    double      lora_drift();
     LoraReport  inspect_lora(const std::string & path);
     LoraEngine & loras() { return loras_; }
     const LoraEngine & loras() const { return loras_; }

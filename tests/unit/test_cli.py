@@ -220,7 +220,16 @@ def test_info_of_a_picture_is_its_text(sdcpp):
 
 def test_info_of_a_model(sdcpp, tiny_sd1):
     output = sdcpp("info", tiny_sd1).output
-    for words in ("sd1", "paints", "type f32", "part denoiser", "part vae", files.model_hash(tiny_sd1)):
+    for words in (
+        "sd1",
+        "eps",
+        "512 x 512",
+        "paints",
+        "type f32",
+        "part denoiser",
+        "part vae",
+        files.model_hash(tiny_sd1),
+    ):
         assert words in output
 
 

@@ -38,12 +38,12 @@ std::vector<TransformerBlock> SpatialTransformer::declare_blocks() const {
 }
 
 Value SpatialTransformer::operator()(Graph & g, Value x, Value text) const {
-    const Shape ne = Graph::shape(x);
-    Value       h = proj_in(g, g.tokens(norm(g, x)));
+    const auto [width_now, height_now] = g.size(x);
+    Value h = proj_in(g, g.tokens(norm(g, x)));
     for (const TransformerBlock & block : blocks) {
         h = block(g, h, text);
     }
-    return g.add(x, g.image(proj_out(g, h), ne[0], ne[1]));
+    return g.add(x, g.image(proj_out(g, h), width_now, height_now));
 }
 
 Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(heads) {
@@ -163,7 +163,7 @@ void Unet::declare_up() {
 Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text) const {
     Value t = (*time2_)(g, g.silu((*time1_)(g, g.timestep_embedding(timesteps, base_))));
 
-    Value              x = (*conv_in_)(g, latent);
+    Value              x = (*conv_in_)(g, g.picture(latent));
     std::vector<Value> skips{x};
     for (const Stage & stage : down_) {
         x = stage.residual ? (*stage.residual)(g, x, t) : (*stage.resize)(g, x);
@@ -182,11 +182,11 @@ Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text) con
             x = (*stage.transformer)(g, x, text);
         }
         if (stage.resize) { // to the skip's size: an odd one was halved upwards
-            const Shape ne = Graph::shape(skips.back());
-            x = (*stage.resize)(g, g.upsample(x, ne[0], ne[1]));
+            const auto [width, height] = g.size(skips.back());
+            x = (*stage.resize)(g, g.upsample(x, width, height));
         }
     }
-    return (*conv_out_)(g, g.silu((*norm_out_)(g, x)));
+    return g.planes((*conv_out_)(g, g.silu((*norm_out_)(g, x))));
 }
 
 } // namespace sd

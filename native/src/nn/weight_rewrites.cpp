@@ -1,5 +1,5 @@
 // Weights that adapters change: a private tensor in the place of the file's mapping, written as floats and
-// given back without a trace. The mapped file is the base; nothing of it is ever written.
+// given back without a trace. The file, mapped or in RAM, is the base; nothing of it is ever written.
 #include "core/error.h"
 #include "core/half.h"
 #include "nn/device.h"
@@ -25,7 +25,6 @@ struct WeightStore::Rewrites {
     };
     std::unordered_map<const Weight *, Private> privates;
     std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
-    std::unordered_map<const Weight *, std::vector<uint8_t>> kept;
     std::mutex device; // one transfer at a time
 };
 
@@ -62,12 +61,7 @@ size_t bytes_of(ggml_type type, int64_t elements) {
 } // namespace
 
 void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
-    const uint8_t * bytes = weight.stored->data();
-    if (rewrites_) {
-        const auto kept = rewrites_->kept.find(&weight);
-        bytes = kept == rewrites_->kept.end() ? bytes : kept->second.data();
-    }
-    to_floats(weight.stored->type, bytes, first, n, to);
+    to_floats(weight.stored->type, weight.stored->data(), first, n, to);
 }
 
 void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
@@ -162,34 +156,12 @@ void WeightStore::restore(const Weight & weight) {
         return;
     }
     const auto own = rewrites_->privates.find(&weight);
-    const auto kept = rewrites_->kept.find(&weight);
-    if (kept != rewrites_->kept.end()) { // the mapping is not to be trusted: the copy's bytes stay resident
-        const ggml_type loaded =
-            own == rewrites_->privates.end() ? weight.tensor->type : own->second.loaded->type;
-        make_private(weight, loaded);
-        if (static_cast<DType>(loaded) == weight.stored->type) {
-            ggml_backend_tensor_set(weight.tensor, kept->second.data(), 0, kept->second.size());
-        } else {
-            std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
-            read_base(weight, 0, count(weight.ne), floats.data());
-            write(weight, 0, count(weight.ne), floats.data());
-        }
-    } else if (own != rewrites_->privates.end()) {
+    if (own != rewrites_->privates.end()) {
         const_cast<Weight &>(weight).tensor = own->second.loaded;
         rewrites_->privates.erase(own);
         ++epoch_;
     } else if (rewrites_->overwritten.erase(&weight) > 0) {
         convert(weight);
-    }
-}
-
-void WeightStore::keep_base(const Weight & weight) {
-    if (!rewrites_) {
-        rewrites_ = std::make_shared<Rewrites>();
-    }
-    auto [kept, is_new] = rewrites_->kept.try_emplace(&weight);
-    if (is_new) {
-        kept->second.assign(weight.stored->data(), weight.stored->data() + weight.stored->bytes);
     }
 }
 

@@ -116,11 +116,8 @@ class WeightStore {
     float largest_value(const Weight & weight, bool requantise) const;
     void  round(const Weight & weight, bool requantise, std::vector<float> & rows) const;
 
-    // Back to what load() made resident, bit for bit, from the files or from the copy that was kept.
+    // Back to what load() made resident, bit for bit.
     void restore(const Weight & weight);
-
-    // Keeps a copy of the weight's bytes in RAM, for files that may vanish.
-    void keep_base(const Weight & weight);
 
     // Another number whenever the tensor of some weight is another one, so that graphs are out of date.
     uint64_t epoch() const { return epoch_; }
