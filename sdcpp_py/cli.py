@@ -1,18 +1,20 @@
-"""The command line: sdcpp generate, lora, info, doctor; convert and quality are in cli_weights.py.
+"""The command line: sdcpp generate, lora, info, bench, doctor; convert and quality are in cli_weights.py.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
-from . import __version__, _native, cli_weights, doctor, files
+from . import __version__, _native, bench, cli_weights, doctor, files
 from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
 from .context import SDContext
 from .errors import BadArgument, Io
@@ -246,6 +248,47 @@ def info(
             cli_weights.print_info(file)
 
 
+@app.command(name="bench")
+def _bench(
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: ours]")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side. [default: the model's own]")] = None,
+    steps: Annotated[int, typer.Option(help="Of the picture, at least 2.", min=2)] = 4,
+    precision: Annotated[str, typer.Option(help="f32, bf16 or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes as well.")] = False,
+) -> None:
+    """Measure how long a model takes here."""
+    set_up_log(verbose=False)
+    with one_sentence():
+        begin = time.perf_counter()
+        with SDContext(model, precision=precision, threads=threads) as sd_ctx, steps_bar(quiet=False) as on_step:
+            opened = time.perf_counter() - begin
+            info = sd_ctx.info
+            timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
+            costs = bench.profile(sd_ctx, size=size) if profile else []
+    memory = "unknown" if timing.peak_memory is None else f"{timing.peak_memory / 1e9:.2f} GB"
+    rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
+    for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
+        rows.append((name, f"{seconds:.3f} s"))
+    print_rows(rows)
+    if costs:
+        Console().print(_cost_table(costs))
+
+
+def _cost_table(costs: Sequence[bench.Operation]) -> Table:
+    table = Table(
+        "network", "operation", *(Column(name, justify="right") for name in ("count", "ms", "share", "GFLOP/s"))
+    )
+    total = sum(cost.seconds for cost in costs)
+    for cost in costs:
+        rate = f"{cost.flops / cost.seconds / 1e9:.0f}" if cost.flops and cost.seconds else ""
+        share = f"{cost.seconds / total:.1%}"
+        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, rate)
+    return table
+
+
 @app.command(name="doctor")
 def _doctor() -> None:
     """Show versions, processor, devices, and how to get a faster build."""
@@ -253,5 +296,7 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             print_rows(rows)
-        typer.echo("A build of ggml for this very machine is faster than the one that pip installs:")
-        typer.echo(f"  {doctor.faster_build()}")
+        typer.echo(
+            "On the processor the kernels above are chosen by themselves. ggml that paints on a graphics card, e.g. CUDA's:"
+        )
+        typer.echo(f"  {doctor.build_for_cards()}")

@@ -1,5 +1,6 @@
 """SDContext: a model in memory. Arguments are checked and completed here; the engine does the rest."""
 
+import contextlib
 import difflib
 import hashlib
 import logging
@@ -7,7 +8,7 @@ import operator
 import os
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -223,6 +224,18 @@ class SDContext:
         with self._lock:
             path = self._library.locate(lora)
             return LoraReport.from_json(self._native.inspect_lora(os.fsencode(path)))
+
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[Callable[[], list[tuple[str, str, int, float, float]]]]:
+        """Measures every operation of the pictures painted inside, which take longer by it.
+
+        Gives a function that returns rows of (network, operation, count, seconds, floating-point operations).
+        """
+        _native.probe_profile(self._native, True)
+        try:
+            yield lambda: _native.probe_operations(self._native)
+        finally:
+            _native.probe_profile(self._native, False)
 
     def close(self) -> None:
         """Frees the model; waits for a picture in work. Closing twice does nothing."""

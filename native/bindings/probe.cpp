@@ -75,6 +75,21 @@ py::list probe_weights(const Context & context) {
     return out;
 }
 
+void probe_profile(const Context & context, bool on) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    check(sd_probe_profile(ctx.get(), on));
+}
+
+py::list probe_operations(const Context & context) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    py::list out;
+    sd_operation_cost cost;
+    for (int i = 0; sd_probe_operation(ctx.get(), i, &cost); i++) {
+        out.append(py::make_tuple(text(cost.network), text(cost.operation), cost.count, cost.seconds, cost.flops));
+    }
+    return out;
+}
+
 // Runs a probe that gives one row of numbers.
 template <class Probe>
 Floats row(Probe && probe) {
@@ -174,6 +189,8 @@ void bind_probe(py::module_ & m) {
     m.def("probe_run", probe_run, "context"_a, "network"_a);
     m.def("probe_latent", probe_latent, "context"_a);
     m.def("probe_weights", probe_weights, "context"_a);
+    m.def("probe_profile", probe_profile, "context"_a, "on"_a);
+    m.def("probe_operations", probe_operations, "context"_a);
     m.def("probe_clip_tokens", probe_clip_tokens, "merges_path"_a, "text"_a);
     m.def("probe_noise", probe_noise, "rng"_a, "seed"_a, "n"_a);
     m.def("probe_sigmas", probe_sigmas, "scheduler"_a, "steps"_a);

@@ -513,6 +513,22 @@ sd_status sd_probe_latent(sd_ctx * ctx, sd_receive receive, void * user) {
     });
 }
 
+sd_status sd_probe_profile(sd_ctx * ctx, bool on) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        ctx->context.set_profiling(on);
+    });
+}
+
+bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost) {
+    if (!ctx || !cost || index < 0 || index >= static_cast<int>(ctx->context.profile().size())) {
+        return false;
+    }
+    const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
+    *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
+    return true;
+}
+
 bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info) {
     if (!ctx) {
         return false;

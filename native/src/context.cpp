@@ -414,6 +414,11 @@ LoraReport Context::inspect_lora(const std::string & path) {
     return read_lora(path, lora_names_, family_->name).report;
 }
 
+void Context::set_profiling(bool on) {
+    profile_.clear();
+    runner_.set_profile(on ? &profile_ : nullptr);
+}
+
 Tensor Context::probe(const std::string & network, const std::map<std::string, Tensor> & given) {
     const Claim claim(*this, {});
     Inputs      inputs;

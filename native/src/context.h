@@ -75,6 +75,10 @@ class Context {
     // What the last picture was decoded from; empty before the first.
     const Tensor & last_latent() const { return last_latent_; }
 
+    // Where the time of the pictures that follow goes; begins anew.
+    void            set_profiling(bool on);
+    const Profile & profile() const { return profile_; }
+
     // Runs one network alone; see sdcpp_probe.h.
     Tensor probe(const std::string & network, const std::map<std::string, Tensor> & inputs);
 
@@ -113,6 +117,7 @@ class Context {
     };
     std::list<Encoded> encoded_; // the newest first
 
+    Profile                    profile_;
     Tensor                     last_latent_;
     const std::vector<float> * estimate_ = nullptr; // of the clean latent, while on_step runs
     Shape                      estimate_ne_{};

@@ -244,10 +244,10 @@ def test_info_of_what_is_neither(sdcpp, content):
 
 def test_doctor(sdcpp):
     output = sdcpp("doctor").output
-    for words in ("sdcpp_py", __version__, "numpy", "CPU", "GiB free", "ggml"):
+    for words in ("sdcpp_py", __version__, "numpy", "CPU kernels", "precision auto", "GiB free", "ggml"):
         assert words in output
     options = "--no-cache-dir --force-reinstall --no-deps --no-binary libggml-python"
-    assert re.search(rf'^  CMAKE_ARGS="-DGGML_NATIVE=ON" pip install {options} libggml-python==\S+$', output, re.M)
+    assert re.search(rf'^  CMAKE_ARGS="-DGGML_CUDA=ON" pip install {options} libggml-python==\S+$', output, re.M)
 
 
 def test_help_lists_what_the_engine_knows(sdcpp):

@@ -1,5 +1,7 @@
 #include "kernels/attention.h"
 
+#include "core/error.h"
+
 #include <ggml.h>
 
 #include <algorithm>
@@ -47,6 +49,16 @@ void Attention::run(ggml_tensor * out) {
         h.scratch = pool.scratch(thread, static_cast<size_t>(set.head_scratch(keys, h.size)));
         set.attention(h);
     });
+}
+
+std::string Attention::describe() const {
+    return text("attention %lld x %lld, %lld heads of %lld, %lld images", static_cast<long long>(q_->ne[1]),
+                static_cast<long long>(k_->ne[1]), static_cast<long long>(heads_), static_cast<long long>(q_->ne[0] / heads_),
+                static_cast<long long>(q_->ne[2]));
+}
+
+double Attention::flops() const { // q k^T and its product with v
+    return 4.0 * static_cast<double>(q_->ne[0] * q_->ne[1] * k_->ne[1] * q_->ne[2]);
 }
 
 } // namespace sd

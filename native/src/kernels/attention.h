@@ -14,6 +14,8 @@ class Attention final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
+    double        flops() const override;
 
   private:
     ggml_tensor *q_, *k_, *v_, *mask_;

@@ -67,4 +67,9 @@ void Resize::run(ggml_tensor * out) {
     });
 }
 
+std::string Activate::describe() const { return "activation"; }
+std::string Add::describe() const { return "sum"; }
+std::string ConcatChannels::describe() const { return "concat"; }
+std::string Resize::describe() const { return "resize"; }
+
 } // namespace sd

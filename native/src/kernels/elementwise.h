@@ -12,6 +12,7 @@ class Activate final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor * x_;
@@ -26,6 +27,7 @@ class Add final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor *x_, *y_;
@@ -39,6 +41,7 @@ class ConcatChannels final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor *x_, *y_;
@@ -52,6 +55,7 @@ class Resize final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
     ggml_tensor * x() const { return x_; }
     int64_t       width() const { return width_; }

@@ -1,5 +1,7 @@
 #include "kernels/norm.h"
 
+#include "core/error.h"
+
 #include <ggml.h>
 
 #include <algorithm>
@@ -113,6 +115,12 @@ void RowNorm::run(ggml_tensor * out) {
         set.normalise(data(x_) + at, static_cast<float *>(out->data) + at, std::min(pixels_at_once, of_one - first), channels,
                       of_image(weight_, channels, image), of_image(bias_, channels, image), eps_, rms_);
     });
+}
+
+std::string GroupNormOperation::describe() const { return text("group norm of %lld channels", static_cast<long long>(channels_)); }
+
+std::string RowNorm::describe() const {
+    return text("%s norm of %lld channels", rms_ ? "rms" : "layer", static_cast<long long>(x_->ne[0]));
 }
 
 } // namespace sd

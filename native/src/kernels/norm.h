@@ -13,6 +13,7 @@ class GroupNormOperation final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
     // The same with another activation.
     std::unique_ptr<GroupNormOperation> with(Activation activation) const;
@@ -39,6 +40,7 @@ class RowNorm final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
 
   private:
     ggml_tensor *x_, *weight_, *bias_; // the vectors [C], or [C, N] for rows of N pictures

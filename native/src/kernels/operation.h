@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <string>
 #include <vector>
 
 struct ggml_context;
@@ -22,6 +23,10 @@ class Operation {
 
     // Computes the node. All memory was made sure of when the node was made, and nothing throws.
     virtual void run(ggml_tensor * out) = 0;
+
+    // For profiles: what it is, and how many additions and multiplications it makes, where these count.
+    virtual std::string describe() const = 0;
+    virtual double      flops() const { return 0; }
 
   protected:
     // Appends the node, of f32; the operation must live as long as the graph. `sources` are what it reads of the graph.

@@ -235,4 +235,22 @@ ggml_tensor * Product::append_to(ggml_context * ctx) {
     return append(ctx, ne_, std::move(sources));
 }
 
+std::string Product::describe() const {
+    const ggml_tensor * weight = parts_.terms.front().weight;
+    const std::string   kind = taps_of(weight) > 1 ? text("convolution %lldx%lld", static_cast<long long>(weight->ne[0]),
+                                                          static_cast<long long>(weight->ne[1]))
+                                                   : "product";
+    return text("%s %lld -> %lld%s, %lld rows, %s", kind.c_str(), static_cast<long long>(inputs_of(weight)),
+                static_cast<long long>(outputs_of(weight)), parts_.terms.size() > 1 ? " with adapters" : "",
+                static_cast<long long>(rows_), ggml_type_name(weight->type));
+}
+
+double Product::flops() const {
+    double flops = 0;
+    for (const ProductTerm & term : parts_.terms) {
+        flops += 2.0 * static_cast<double>(rows_ * taps_of(term.weight) * inputs_of(term.weight) * outputs_of(term.weight));
+    }
+    return flops;
+}
+
 } // namespace sd

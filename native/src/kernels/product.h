@@ -36,6 +36,8 @@ class Product final : public Operation {
 
     ggml_tensor * append_to(ggml_context * ctx);
     void          run(ggml_tensor * out) override;
+    std::string   describe() const override;
+    double        flops() const override;
 
     const ProductParts & parts() const { return parts_; }
 

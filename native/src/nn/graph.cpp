@@ -23,6 +23,21 @@ Graph::~Graph() = default;
 
 Shape Graph::shape(Value value) { return {value->ne[0], value->ne[1], value->ne[2], value->ne[3]}; }
 
+std::pair<std::string, double> Graph::describe(const ggml_tensor * node) const {
+    if (const Operation * operation = kernels_ ? kernels_->operation(node) : nullptr) {
+        return {operation->describe(), operation->flops()};
+    }
+    double per_element = 0;
+    if (node->op == GGML_OP_MUL_MAT) {
+        per_element = 2.0 * static_cast<double>(node->src[0]->ne[0]);
+    } else if (node->op == GGML_OP_CONV_2D) {
+        per_element = 2.0 * static_cast<double>(ggml_nelements(node->src[0]) / node->src[0]->ne[3]);
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        per_element = 4.0 * static_cast<double>(node->src[1]->ne[1]);
+    }
+    return {std::string("ggml ") + ggml_op_desc(node), per_element * static_cast<double>(ggml_nelements(node))};
+}
+
 static Value new_input(ggml_context * ctx, ggml_type type, const Shape & ne) {
     Value value = ggml_new_tensor_4d(ctx, type, ne[0], ne[1], ne[2], ne[3]);
     ggml_set_input(value);

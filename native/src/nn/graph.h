@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct ggml_cgraph;
@@ -84,6 +85,9 @@ class Graph {
     Value timestep_embedding(Value timesteps, int64_t width);
 
     static Shape shape(Value value);
+
+    // What a node of the graph is, and how many additions and multiplications it makes, where these count.
+    std::pair<std::string, double> describe(const ggml_tensor * node) const;
 
     struct Constant {
         Value  value;

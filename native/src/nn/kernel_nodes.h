@@ -34,6 +34,12 @@ class KernelNodes {
 
     ggml_tensor * contiguous(ggml_tensor * x);
 
+    // Null where the node is one of ggml's own.
+    const Operation * operation(const ggml_tensor * node) const {
+        const auto at = operations_.find(node);
+        return at == operations_.end() ? nullptr : at->second.get();
+    }
+
   private:
     template <typename Made> Made * made_by(ggml_tensor * x) const {
         const auto at = operations_.find(x);
@@ -45,10 +51,10 @@ class KernelNodes {
         return node;
     }
 
-    ggml_context *                                                ctx_;
-    const KernelSet &                                             set_;
-    Pool &                                                        pool_;
-    std::unordered_map<ggml_tensor *, std::unique_ptr<Operation>> operations_;
+    ggml_context *    ctx_;
+    const KernelSet & set_;
+    Pool &            pool_;
+    std::unordered_map<const ggml_tensor *, std::unique_ptr<Operation>> operations_;
 };
 
 } // namespace sd
