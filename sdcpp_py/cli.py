@@ -70,9 +70,9 @@ def generate(
         typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: the one that ships]"),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="How often the denoiser runs. [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(help="How often the denoiser runs. [default: the model's own]")] = None,
     cfg_scale: Annotated[
-        float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: 7]")
+        float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: the model's own]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. [default: a new one]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
@@ -88,6 +88,8 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
+    clip_h: Annotated[Path | None, typer.Option(help="SD 2.x's text encoder, likewise.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
     precision: Annotated[
@@ -140,6 +142,8 @@ def generate(
                 model or _known("model", like, told.model, told.model_hash),
                 vae=vae or _known("vae", like, told.vae, told.vae_hash),
                 clip_l=clip_l or _known("clip-l", like, told.clip_l, told.clip_l_hash),
+                clip_g=clip_g or _known("clip-g", like, told.clip_g, told.clip_g_hash),
+                clip_h=clip_h or _known("clip-h", like, told.clip_h, told.clip_h_hash),
                 backend=backend,
                 threads=threads,
                 precision=precision or told.precision or "auto",
@@ -179,7 +183,8 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 
 def _compare(told: Parameters, used: Parameters) -> None:
-    for field in ("model_hash", "vae_hash", "clip_l_hash", "init_image_hash", "mask_hash", "lora_hashes"):
+    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash")
+    for field in ("model_hash", "vae_hash", *encoders, "init_image_hash", "mask_hash", "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
             what = field.removesuffix("_hash").removesuffix("_hashes").replace("_", " ")

@@ -98,6 +98,8 @@ class SDContext:
         *,
         vae: AnyPath | None = None,
         clip_l: AnyPath | None = None,
+        clip_g: AnyPath | None = None,
+        clip_h: AnyPath | None = None,
         backend: str | None = None,
         threads: int | None = None,
         precision: str = "auto",
@@ -114,7 +116,9 @@ class SDContext:
         Args:
             model: A .safetensors or .gguf file or a diffusers folder; None: the small one that ships.
             vae: A file with an autoencoder, to use instead of the model's.
-            clip_l: A file with a text encoder, to use instead of the model's.
+            clip_l: A file with a text encoder, to use instead of the model's: of SD 1.x, and the first of SDXL.
+            clip_g: The second one of SDXL.
+            clip_h: That of SD 2.x.
             backend: A device's name, see ``sdcpp doctor``; None: the best.
             threads: Of the CPU; None: one per core.
             precision: Of products on the CPU. "f32"; "bf16": factors rounded to bfloat16, sums in float32, for
@@ -142,9 +146,8 @@ class SDContext:
         """
         self._lock = threading.RLock()
         self._path = files.shipped_model() if model is None else _path("model", model)
-        self._components = {
-            role: _path(role, path) for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None
-        }
+        components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h}
+        self._components = {role: _path(role, path) for role, path in components.items() if path is not None}
         self._prediction = prediction
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it

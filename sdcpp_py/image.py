@@ -70,6 +70,10 @@ class Parameters:
     vae: str | None = None
     clip_l_hash: str | None = None
     clip_l: str | None = None
+    clip_g_hash: str | None = None
+    clip_g: str | None = None
+    clip_h_hash: str | None = None
+    clip_h: str | None = None
     prediction: str | None = None
     strength: float | None = None
     clip_skip: int | None = None
@@ -105,6 +109,10 @@ _FIELDS: Final = (
     ("VAE", "vae", str),
     ("CLIP-L hash", "clip_l_hash", str),
     ("CLIP-L", "clip_l", str),
+    ("CLIP-G hash", "clip_g_hash", str),
+    ("CLIP-G", "clip_g", str),
+    ("CLIP-H hash", "clip_h_hash", str),
+    ("CLIP-H", "clip_h", str),
     ("Prediction", "prediction", str),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),

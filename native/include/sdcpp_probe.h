@@ -23,7 +23,10 @@ typedef void (*sd_receive)(const sd_tensor * result, void * user);
 
 // Runs one network on the given inputs:
 //   "text"        ids [n, chunks] (whole numbers), clip_skip [1]       -> [width, n, chunks]
+//                 of two encoders also ids_2, and ends [chunks]: where each chunk ends, counted through all
+//   "pooled"      the same                                             -> [width, chunks]
 //   "denoise"     latent [W, H, C, N], time [N], text [width, n, N]    -> what the network predicts
+//                 of SDXL also pooled [width, N] and sizes [6, N]
 //   "vae_encode"  image [W, H, 3, N] in -1..1                          -> mean and log-variance [w, h, 2C, N]
 //   "vae_decode"  latent [w, h, C, N], unscaled                        -> [W, H, 3, N]
 SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tensor * inputs, int n_inputs,

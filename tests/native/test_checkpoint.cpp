@@ -177,7 +177,7 @@ TEST_CASE("a component given apart replaces that one, in any of its spellings") 
           Names{rest, clip, vae, "unet.conv_in.b", "unet.down_blocks.0.a"});
 
     CHECK(names_with("clip_l", {"cond_stage_model.transformer.text_model.y"}) ==
-          Names{rest, "cond_stage_model.transformer.text_model.y", vae, unet});
+          Names{rest, "text_encoder.text_model.y", vae, unet});
     for (const char * name :
          {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
           "text_encoder.text_model.embeddings.token_embedding.weight",

@@ -260,6 +260,19 @@ Value Graph::concat_channels(Value x, Value y) {
     return kernels_ ? kernels_->concat_channels(x, y) : ggml_concat(ctx_, x, y, 2);
 }
 
+Value Graph::concat_features(Value x, Value y) { return ggml_concat(ctx_, x, y, 0); }
+
+Value Graph::part(Value x, int64_t first, int64_t n) {
+    return ggml_view_4d(ctx_, x, n, x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2], x->nb[3],
+                        static_cast<size_t>(first) * x->nb[0]);
+}
+
+Value Graph::gather(Value x, Value ids) {
+    return ggml_get_rows(ctx_, ggml_reshape_2d(ctx_, x, x->ne[0], x->ne[1] * x->ne[2]), ids);
+}
+
+Value Graph::flatten(Value x, int64_t n) { return ggml_reshape_2d(ctx_, x, x->ne[0] * n, x->ne[1] / n); }
+
 Value Graph::upsample(Value x, int64_t width, int64_t height) {
     if (kernels_) {
         return kernels_->resize(x, width, height);

@@ -76,6 +76,10 @@ class Graph {
     std::array<int64_t, 2> size(Value picture) const;
 
     Value concat_channels(Value x, Value y);            // images
+    Value concat_features(Value x, Value y);            // [C, T, N] and [D, T, N] -> [C + D, T, N]
+    Value part(Value x, int64_t first, int64_t n);      // features: [C, T, N] -> [n, T, N], a view
+    Value gather(Value x, Value ids);                   // tokens, counted through all images: [C, T, N] -> [C, ids]
+    Value flatten(Value x, int64_t n);                  // each n rows side by side: [C, n * N] -> [C * n, N]
     Value upsample(Value x, int64_t width, int64_t height); // to this size, nearest
     Value pad(Value x, int right, int bottom);          // zeros behind the last column and row
     Value tokens(Value x);                              // [W, H, C, N] -> [C, W*H, N]

@@ -9,6 +9,7 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 #include <unordered_map>
@@ -60,8 +61,44 @@ size_t bytes_of(ggml_type type, int64_t elements) {
 
 } // namespace
 
+size_t WeightStore::Piece::bytes() const {
+    const DTypeInfo & info = *dtype_info(static_cast<int32_t>(type));
+    return static_cast<size_t>(elements / info.block) * info.block_bytes;
+}
+
+std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const {
+    std::vector<Piece> out;
+    if (weight.pieces.empty()) {
+        out.push_back({weight.stored->type, weight.stored->data(), count(weight.ne)});
+    }
+    const int64_t row = weight.ne[1] == 1 ? 1 : weight.ne[0];
+    for (const StoredRows & piece : weight.pieces) {
+        const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row};
+        out.push_back({before.type, before.data + before.bytes(), piece.rows * row});
+    }
+    return out;
+}
+
 void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
-    to_floats(weight.stored->type, weight.stored->data(), first, n, to);
+    const std::vector<Piece> from = pieces(weight);
+    if (weight.transposed) {
+        const DTypeInfo & info = *dtype_info(static_cast<int32_t>(from[0].type));
+        for (int64_t i = first; i < first + n; ++i) {
+            const int64_t row = i / weight.ne[0], column = i % weight.ne[0];
+            const int64_t there = column * weight.ne[1] + row;
+            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to++, 1);
+        }
+        return;
+    }
+    for (const Piece & piece : from) {
+        if (first < piece.elements && n > 0) {
+            const int64_t here = std::min(n, piece.elements - first);
+            to_floats(piece.type, piece.data, first, here, to);
+            to += here;
+            n -= here;
+        }
+        first = std::max<int64_t>(0, first - piece.elements);
+    }
 }
 
 void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
