@@ -48,6 +48,7 @@ def convert(
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Put this autoencoder into the file.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Put this text encoder into the file.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="Put this second text encoder of SDXL into the file.")] = None,
     only: Annotated[str | None, typer.Option(help="Write one part alone: denoiser, vae, clip_l, clip_g or t5.")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave these tensors out; may be repeated.")
@@ -64,13 +65,14 @@ def convert(
 ) -> None:
     """Convert a model to another file format or type of weights."""
     set_up_log(verbose=False)
+    parts = (("vae", vae), ("clip_l", clip_l), ("clip_g", clip_g))
     with one_sentence(), work_bar(quiet or dry_run) as on_progress:
         plan = convert_weights(
             source,
             target,
             type=type,
             tensor_types=[_rule(text) for text in tensor_type or []],
-            components={role: path for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None},
+            components={role: path for role, path in parts if path is not None},
             only=only,
             drop=drop or [],
             imatrix=imatrix,

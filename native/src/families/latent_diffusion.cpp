@@ -66,6 +66,19 @@ void LatentDiffusion::check_heads(const Checkpoint & file) const {
     }
 }
 
+Conditioning LatentDiffusion::encode_alone(Runner & runner, const Prompt & prompt, int clip_skip, int chunks,
+                                           int32_t pad) const {
+    const ClipPrompt    read(bpe_, prompt, pad, chunks, learned_.words());
+    const LearnedInputs learned(read.chunks, learned_, 0);
+    const Tensor        ids = read.ids();
+    Inputs              inputs{{"ids", &ids}};
+    learned.add_to(inputs);
+    auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
+    Tensor & states = outputs.at("states");
+    read.emphasise(states, 0, states.ne[0]);
+    return {{{"text", join_chunks(std::move(states))}}, {}};
+}
+
 void LatentDiffusion::check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions) {
     if (vocabulary <= ClipBpe::end_token || positions < 77) {
         fail(Status::unsupported, "%s: a text encoder of %lld tokens and %lld positions is not CLIP's (49408 and 77)",

@@ -52,6 +52,9 @@ class LatentDiffusion : public Pipeline {
     // The vocabulary and positions that its tokens need.
     static void check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
 
+    // What families with one text encoder tell the denoiser of a prompt.
+    Conditioning encode_alone(Runner & runner, const Prompt & prompt, int clip_skip, int chunks, int32_t pad) const;
+
     // Of its text encoders.
     virtual std::vector<int64_t> text_widths() const = 0;
 

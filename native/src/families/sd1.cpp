@@ -25,15 +25,7 @@ class StableDiffusion1 final : public LatentDiffusion {
 
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override {
         check_clip_skip(clip_skip, 1, clip_.c.layers);
-        const ClipPrompt    read(bpe_, prompt, ClipBpe::end_token, chunks, learned_.words());
-        const LearnedInputs learned(read.chunks, learned_, 0);
-        const Tensor        ids = read.ids();
-        Inputs              inputs{{"ids", &ids}};
-        learned.add_to(inputs);
-        auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
-        Tensor & states = outputs.at("states");
-        read.emphasise(states, 0, clip_.c.width);
-        return {{{"text", join_chunks(std::move(states))}}, {}};
+        return encode_alone(runner, prompt, clip_skip, chunks, ClipBpe::end_token);
     }
 
   private:
