@@ -303,8 +303,5 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             print_rows(rows)
-        typer.echo(
-            "On the processor the kernels above are chosen by themselves. "
-            "ggml that paints on a graphics card, e.g. CUDA's:"
-        )
+        typer.echo("The processor's kernels are chosen by themselves. For a graphics card, build ggml with its backend:")
         typer.echo(f"  {doctor.build_for_cards()}")

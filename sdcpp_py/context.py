@@ -157,6 +157,9 @@ class SDContext:
         self._library = LoraLibrary(None if lora_dir is None else _path("lora_dir", lora_dir))
         self._embeddings = EmbeddingLibrary(None if embedding_dir is None else _path("embedding_dir", embedding_dir))
         self._learned: list[Embedding] = []
+        self._as_opened = {
+            role: files.state_of(path.resolve()) for role, path in {"model": self._path, **self._components}.items()
+        }
         self._native = _native.Context(
             os.fsencode(self._path),
             components={role: os.fsencode(path) for role, path in self._components.items()},
@@ -366,6 +369,9 @@ class SDContext:
             ]
             spans, words = self._named([*wanted, unwanted], uses)
             self._learn(words)
+            # Before it paints: files may be gone afterwards.
+            hashes = [self._lora_hashes(of_prompt) for of_prompt in uses]
+            added_tags = lora_tags(self._library, loras)
             painted = self._native.generate(
                 prompts=spans[:-1],
                 loras=[[use.native() for use in of_prompt] for of_prompt in uses],
@@ -412,8 +418,8 @@ class SDContext:
             of_picture = replace(
                 parameters,
                 seed=seed + k,
-                prompt=" ".join([texts[one], *lora_tags(self._library, loras)]),
-                lora_hashes=self._lora_hashes(uses[one]),
+                prompt=" ".join([texts[one], *added_tags]),
+                lora_hashes=hashes[one],
             )
             pictures.append(PaintedImage.from_pixels(rgb, format_parameters(of_picture)))
         return pictures if batch_size > 1 or prompts is not None else pictures[0]
@@ -448,8 +454,8 @@ class SDContext:
 
     def _lora_hashes(self, uses: Sequence[LoraUse]) -> str | None:
         """As webui writes them: "name: hash" of each, separated by commas."""
-        hashes = {self._library.name_of(use.path): files.model_hash(use.path) for use in uses}
-        return ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) or None
+        hashes = {self._library.name_of(use.path): _hash_of_file(use.path) for use in uses}
+        return ", ".join(f"{name}: {digits}" for name, digits in hashes.items() if digits) or None
 
     def _origin(self) -> dict[str, Any]:
         """The fields of Parameters that tell of the model."""
@@ -460,10 +466,8 @@ class SDContext:
         for role, path in {"model": self._path, **self._components}.items():
             whole = path.resolve()
             fields[role] = whole.name if whole.is_dir() else whole.stem
-            try:
-                fields[f"{role}_hash"] = files.model_hash(whole)
-            except Io as error:  # the picture is worth more than the hash
-                log.warning("%s", error)
+            if files.state_of(whole) == self._as_opened[role]:  # else it is not what paints
+                fields[f"{role}_hash"] = _hash_of_file(whole)
         return fields
 
 
@@ -567,6 +571,14 @@ def _size(
 
 def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
+
+
+def _hash_of_file(path: Path) -> str | None:
+    try:
+        return files.model_hash(path)
+    except Io as error:  # the picture is worth more than the hash
+        log.warning("%s", error)
+        return None
 
 
 def _hash(array: NDArray[np.uint8] | None) -> str | None:

@@ -81,7 +81,8 @@ int nearest_multiple(int value, int multiple) {
 // As people write it: "SDXL".
 std::string written(const Family & family) {
     std::string name = family.name;
-    std::transform(name.begin(), name.end(), name.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    std::transform(name.begin(), name.end(), name.begin(),
+                   [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
     return name;
 }
 
@@ -96,7 +97,8 @@ Context::Context(const OpenParams & params)
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
+      loras_(weights_, device_,
+             [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {

@@ -15,6 +15,7 @@ namespace sd {
 
 class LatentDiffusion : public Pipeline {
   public:
+    Defaults      defaults() const override { return defaults_; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), scale_}; }
     NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(); }
@@ -42,6 +43,7 @@ class LatentDiffusion : public Pipeline {
         UnetKind     unet;
         float        scale;    // of latents, where the file does not tell
         bool         wide_vae; // its activations go beyond f16
+        Defaults     defaults; // where the file's name does not tell of others
     };
     LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind);
 
@@ -49,11 +51,11 @@ class LatentDiffusion : public Pipeline {
     // pixels holds where the file does not tell.
     void complete(WeightStore & weights, int64_t text_width, Prediction prediction, int native_size);
 
+    // A prompt's conditioning by the only text encoder of a family.
+    Conditioning encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip, int chunks) const;
+
     // The vocabulary and positions that its tokens need.
     static void check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
-
-    // What families with one text encoder tell the denoiser of a prompt.
-    Conditioning encode_alone(Runner & runner, const Prompt & prompt, int clip_skip, int chunks, int32_t pad) const;
 
     // Of its text encoders.
     virtual std::vector<int64_t> text_widths() const = 0;
@@ -68,6 +70,7 @@ class LatentDiffusion : public Pipeline {
     Kind       kind_;
     Vae        vae_;
     float      scale_;
+    Defaults   defaults_;
     Prediction prediction_ = Prediction::eps;
     int        native_size_ = 0;
 };
@@ -79,6 +82,11 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
 // proj_in as a convolution and not OpenCLIP's text encoder.
 enum class UnetFamily { none, sd1, sd2, sdxl };
 UnetFamily unet_family(const Checkpoint & file);
+
+// Of such a UNet: the weight that reads the text in its middle, and the one that reads XL's vector; null where there
+// is none.
+const StoredTensor * unet_text_input(const Checkpoint & file);
+const StoredTensor * unet_vector_input(const Checkpoint & file);
 
 // The first of the names that the file has; null where it has none.
 const StoredTensor * find_any(const Checkpoint & file, std::initializer_list<const char *> names);

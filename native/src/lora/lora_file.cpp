@@ -1,6 +1,7 @@
 #include "lora/lora_file.h"
 
 #include "checkpoint/diffusers_folder.h"
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/words.h"
@@ -8,6 +9,7 @@
 #include "lora/lora_recognise.h"
 
 #include <algorithm>
+#include <cctype>
 #include <filesystem>
 #include <tuple>
 
@@ -88,8 +90,6 @@ Groups group_keys(const Checkpoint & file, LoraReport & report) {
     }
     return out;
 }
-
-bool begins_with(const std::string & text, const char * begin) { return text.rfind(begin, 0) == 0; }
 
 // The convention by which a stem and its suffixes are spelled.
 std::string format_of(const LoraGroup & group) {
@@ -198,8 +198,9 @@ struct Denoiser {
 };
 
 // Throws where the file was made for another model, or nothing of it can be used.
-void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser,
-               const std::string & model) {
+void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser, std::string model) {
+    std::transform(model.begin(), model.end(), model.begin(),
+                   [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); }); // "sd1"
     const LoraReport & report = out.report;
     const int fitting = static_cast<int>(out.modules.size());
     const bool foreign = fit.other_text || fit.by_shape > fitting || denoiser.unknown > denoiser.known;
