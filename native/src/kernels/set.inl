@@ -224,33 +224,45 @@ SD_INLINE Vec finished(const Epilogue & e, Vec sum, int64_t row, int column, int
     return sum;
 }
 
-// Where the row of an output pixel begins for each tap.
-SD_INLINE void find_rows(const Rows & r, int64_t row, int c0, const void ** to, int step) {
+// Where consecutive rows, one per output pixel, begin for each tap.
+template <int R> SD_INLINE void find_rows(const Rows & r, int64_t row, int c0, const void ** to) {
     const int64_t size = r.bf16 ? 2 : 4;
     const auto *  x = static_cast<const char *>(r.x) + c0 * size;
     if (r.taps_w * r.taps_h == 1 && r.stride == 1 && r.seen_width == r.width && r.seen_height == r.height) {
-        *to = x + row * r.pixel * size;
+        for (int i = 0; i < R; ++i) {
+            to[i] = x + (row + i) * r.pixel * size;
+        }
         return;
     }
-    const int64_t plane = static_cast<int64_t>(r.out_width) * r.out_height;
-    const int64_t image = row / plane, at = row % plane;
-    const int     left = static_cast<int>(at % r.out_width) * r.stride - r.pad;
-    const int     top = static_cast<int>(at / r.out_width) * r.stride - r.pad;
-    for (int dy = 0; dy < r.taps_h; ++dy) {
-        for (int dx = 0; dx < r.taps_w; ++dx, to += step) {
-            int        across = left + dx, down = top + dy;
-            const bool inside = across >= 0 && across < r.seen_width && down >= 0 && down < r.seen_height;
-            if (!inside) {
-                *to = r.zeros;
-                continue;
-            }
-            if (r.seen_width != r.width) {
-                across = static_cast<int>(static_cast<int64_t>(across) * r.width / r.seen_width);
-            }
+    const int64_t line = row / r.out_width;
+    int64_t       image = line / r.out_height;
+    int           out_x = static_cast<int>(row % r.out_width), out_y = static_cast<int>(line % r.out_height);
+    for (int i = 0; i < R; ++i) {
+        const int left = out_x * r.stride - r.pad, top = out_y * r.stride - r.pad;
+        for (int dy = 0, tap = 0; dy < r.taps_h; ++dy) {
+            int        down = top + dy;
+            const bool inside = down >= 0 && down < r.seen_height;
             if (r.seen_height != r.height) {
                 down = static_cast<int>(static_cast<int64_t>(down) * r.height / r.seen_height);
             }
-            *to = x + (image * r.image + (static_cast<int64_t>(down) * r.width + across) * r.pixel) * size;
+            for (int dx = 0; dx < r.taps_w; ++dx, ++tap) {
+                int across = left + dx;
+                if (!inside || across < 0 || across >= r.seen_width) {
+                    to[tap * R + i] = r.zeros;
+                    continue;
+                }
+                if (r.seen_width != r.width) {
+                    across = static_cast<int>(static_cast<int64_t>(across) * r.width / r.seen_width);
+                }
+                to[tap * R + i] = x + (image * r.image + (static_cast<int64_t>(down) * r.width + across) * r.pixel) * size;
+            }
+        }
+        if (++out_x == r.out_width) {
+            out_x = 0;
+            if (++out_y == r.out_height) {
+                out_y = 0;
+                ++image;
+            }
         }
     }
 }
@@ -261,9 +273,7 @@ template <int R> struct RowTile {
 
     RowTile(const Block & b, int64_t row) {
         for (int i = 0; i < b.count; ++i) {
-            for (int r = 0; r < R; ++r) {
-                find_rows(b.operands[i].rows, row + r, b.operands[i].c0, rows[i] + r, R);
-            }
+            find_rows<R>(b.operands[i].rows, row, b.operands[i].c0, rows[i]);
         }
 #ifdef SD_BF16
         auto * halves = static_cast<uint16_t *>(b.scratch);
