@@ -303,5 +303,6 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             print_rows(rows)
-        typer.echo("The processor's kernels are chosen by themselves. For a graphics card, build ggml with its backend:")
+        typer.echo("The processor's kernels are chosen by themselves.")
+        typer.echo("For a graphics card, build ggml with its backend:")
         typer.echo(f"  {doctor.build_for_cards()}")
