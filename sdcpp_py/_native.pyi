@@ -33,6 +33,8 @@ class _Defaults(TypedDict):
     height: int
     steps: int
     cfg_scale: float
+    guidance: float
+    shift: float
     sampler: str | None
     scheduler: str | None
     rng: str | None
@@ -81,7 +83,8 @@ class _Declared(TypedDict):
     swap_halves: bool
     table: bool
 
-_Stored = tuple[str, str, tuple[int, ...], int, bytes, int, int]  # name, type, shape, dims, path, offset, bytes
+# name, type, shape, dims, path, offset, bytes, scale
+_Stored = tuple[str, str, tuple[int, ...], int, bytes, int, int, float]
 
 @final
 class Preview:
@@ -136,6 +139,9 @@ class Context:
         vae_tile: int,
         on_step: Callable[[int, int, Preview], Any] | None,
         loras: Sequence[Sequence[_Lora]] = ...,
+        guidance: float = -1.0,
+        shift: float = 0.0,
+        control_image: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]: ...
     def apply_loras(self, loras: Sequence[_Lora]) -> None: ...
     def reset_loras(self) -> None: ...
@@ -178,6 +184,8 @@ def probe_weights(context: Context) -> list[_Weight]: ...
 def probe_profile(context: Context, on: bool) -> None: ...
 def probe_operations(context: Context) -> list[tuple[str, str, int, float, float]]: ...
 def probe_clip_tokens(merges_path: str | bytes, text: str | bytes) -> NDArray[np.int32]: ...
+def probe_t5_tokens(path: str | bytes, text: str | bytes, data_dir: str | bytes = "") -> NDArray[np.int32]: ...
+def probe_t5(path: str | bytes, ids: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.float32]: ...
 def probe_noise(rng: str, seed: int, n: int) -> NDArray[np.float32]: ...
 def probe_sigmas(scheduler: str, steps: int) -> NDArray[np.float32]: ...
 def probe_sample(

@@ -74,6 +74,12 @@ def generate(
     cfg_scale: Annotated[
         float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: the model's own]")
     ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="What FLUX.1 dev and its like are told. [default: the model's own]")
+    ] = None,
+    shift: Annotated[
+        float | None, typer.Option(help="Of the noise levels of SD3 and FLUX. [default: the model's own]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. [default: a new one]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
@@ -84,12 +90,16 @@ def generate(
     rng: Annotated[str | None, typer.Option(help=f"Whose noise: {', '.join(_native.rngs())}.")] = None,
     eta: Annotated[float | None, typer.Option(help="Share of fresh noise. [default: the sampler's own]")] = None,
     init_image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
-    strength: Annotated[float | None, typer.Option(help="How far to go away from it, 0 to 1. [default: 0.75]")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to go away from it, 0 to 1. [default: the model's own]")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
+    control_image: Annotated[Path | None, typer.Option(help="Edges or depths to follow, for models that do.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
     clip_h: Annotated[Path | None, typer.Option(help="SD 2.x's text encoder, likewise.")] = None,
+    t5xxl: Annotated[Path | None, typer.Option(help="T5 of SD3 and FLUX, likewise.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
     precision: Annotated[
@@ -114,6 +124,8 @@ def generate(
             raise BadArgument(f"{like}: was painted over another picture; give that with --init-image")
         if told.mask_hash and mask is None:
             raise BadArgument(f"{like}: was painted with a mask; give that with --mask")
+        if told.control_hash and control_image is None:
+            raise BadArgument(f"{like}: was painted with a control image; give that with --control-image")
         if output is not None:
             _check_output(output)
         options = {
@@ -123,6 +135,8 @@ def generate(
             "height": height,
             "steps": steps,
             "cfg_scale": cfg_scale,
+            "guidance": guidance,
+            "shift": shift,
             "seed": seed,
             "sampler": sampler,
             "scheduler": scheduler,
@@ -145,6 +159,7 @@ def generate(
                 clip_l=clip_l or _known("clip-l", like, told.clip_l, told.clip_l_hash),
                 clip_g=clip_g or _known("clip-g", like, told.clip_g, told.clip_g_hash),
                 clip_h=clip_h or _known("clip-h", like, told.clip_h, told.clip_h_hash),
+                t5xxl=t5xxl or _known("t5xxl", like, told.t5xxl, told.t5xxl_hash),
                 backend=backend,
                 threads=threads,
                 precision=precision or told.precision or "auto",
@@ -159,6 +174,7 @@ def generate(
                 batch_size=batch_size,
                 init_image=init_image,
                 mask=mask,
+                control_image=control_image,
                 on_step=on_step,
             )
         pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
@@ -185,8 +201,9 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 
 def _compare(told: Parameters, used: Parameters) -> None:
-    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash")
-    for field in ("model_hash", "vae_hash", *encoders, "init_image_hash", "mask_hash", "lora_hashes"):
+    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash")
+    pictures = ("init_image_hash", "mask_hash", "control_hash")
+    for field in ("model_hash", "vae_hash", *encoders, *pictures, "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
             what = field.removesuffix("_hash").removesuffix("_hashes").replace("_", " ")

@@ -52,7 +52,7 @@ class ModelInfo:
 
     Attributes:
         family: Such as "sd1".
-        prediction: What the denoiser predicts: "eps" or "v".
+        prediction: What the denoiser predicts: "eps", "v", or "flow" as SD3 and FLUX.
         backend: The device that it runs on.
         threads: Of the CPU.
         kernels: Of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations.
@@ -61,7 +61,7 @@ class ModelInfo:
         native_size: The side of the pictures that the model was trained on, in pixels.
         latent_channels: Of the latent.
         latent_cell: Side of a latent's cell in pixels.
-        input_channels: Of the denoiser: 4 plain, 9 inpainting, 8 pix2pix.
+        input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
         weight_bytes: In memory.
         n_weights: How many tensors.
     """
@@ -101,6 +101,7 @@ class SDContext:
         clip_l: AnyPath | None = None,
         clip_g: AnyPath | None = None,
         clip_h: AnyPath | None = None,
+        t5xxl: AnyPath | None = None,
         backend: str | None = None,
         threads: int | None = None,
         precision: str = "auto",
@@ -118,9 +119,11 @@ class SDContext:
         Args:
             model: A .safetensors or .gguf file or a diffusers folder; None: the small one that ships.
             vae: A file with an autoencoder, to use instead of the model's.
-            clip_l: A file with a text encoder, to use instead of the model's: of SD 1.x, and the first of SDXL.
-            clip_g: The second one of SDXL.
+            clip_l: A file with a text encoder, to use instead of the model's: of SD 1.x, and the first of SDXL, SD3 and
+                FLUX.
+            clip_g: The second one of SDXL and SD3.
             clip_h: That of SD 2.x.
+            t5xxl: T5, of SD3 and FLUX.
             backend: A device's name, see ``sdcpp doctor``; None: the best.
             threads: Of the CPU; None: one per core.
             precision: Of products on the CPU. "f32"; "bf16": factors rounded to bfloat16, sums in float32, for
@@ -149,7 +152,7 @@ class SDContext:
         """
         self._lock = threading.RLock()
         self._path = files.shipped_model() if model is None else _path("model", model)
-        components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h}
+        components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h, "t5xxl": t5xxl}
         self._components = {role: _path(role, path) for role, path in components.items() if path is not None}
         self._prediction = prediction
         if lora_dir is None and model is None:
@@ -278,8 +281,10 @@ class SDContext:
         loras: Loras = (),
         width: int | None = None,
         height: int | None = None,
-        steps: int = 20,
-        cfg_scale: float = 7.0,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        guidance: float | None = None,
+        shift: float | None = None,
         seed: int | None = None,
         sampler: str | None = None,
         scheduler: str | None = None,
@@ -288,8 +293,9 @@ class SDContext:
         rng: str = "cpu",
         eta: float | None = None,
         init_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
-        strength: float = 0.75,
+        strength: float | None = None,
         mask: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        control_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -308,6 +314,8 @@ class SDContext:
             height: Likewise.
             steps: How often the denoiser runs, at least 1.
             cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
+            guidance: What models that were distilled for guidance are told, as FLUX.1 dev; others take none.
+            shift: Of the noise levels of SD3 and FLUX, towards noise where above 1; FLUX's own grows with the picture.
             seed: Of the noise, from 0 to 2**64 - 1; None or -1: a new one.
             sampler: See ``sdcpp_py.samplers()``.
             scheduler: See ``sdcpp_py.schedulers()``.
@@ -317,8 +325,10 @@ class SDContext:
             eta: Share of fresh noise, for the samplers that add some; None: their own.
             init_image: A picture to start from: a path, a Pillow picture, or bytes (height, width, 3). It is
                 scaled to width and height.
-            strength: How far to go away from init_image, from 0 to 1.
+            strength: How far to go away from init_image, from 0 to 1; None: 0.75, and 1 for models that fill in what
+                a mask hides, as FLUX.1 Fill.
             mask: Where to repaint init_image: white. Likewise; bytes are (height, width).
+            control_image: Edges or depths to follow, for FLUX.1 Canny and Depth, and for control LoRAs. Likewise.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -348,21 +358,30 @@ class SDContext:
         _check_name("rng", rng, _native.rngs())
         batch_size = _whole("batch_size", batch_size, 1) if prompts is None else len(texts)
         seed = _seed(seed, batch_size)
-        steps = _whole("steps", steps, 1)
-        cfg_scale = _number("cfg_scale", cfg_scale)
+        control = None if control_image is None else open_picture(control_image, "control_image")
+        steps = None if steps is None else _whole("steps", steps, 1)
+        cfg_scale = None if cfg_scale is None else _number("cfg_scale", cfg_scale)
+        guidance = None if guidance is None else _number("guidance", guidance, 0)
+        shift = None if shift is None else _number("shift", shift, 0)
         eta = None if eta is None else _number("eta", eta, 0)
-        strength = _number("strength", strength)
+        strength = None if strength is None else _number("strength", strength)
         clip_skip = None if clip_skip is None else _whole("clip_skip", clip_skip, 1)
         vae_tile = None if vae_tile is None else _whole("vae_tile", vae_tile, 1)
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
             width, height = _size(width, height, start.size if start else None, info)
+            steps = steps or defaults["steps"]
+            cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
+            if guidance is None and defaults["guidance"] >= 0:
+                guidance = defaults["guidance"]
+            strength = defaults["strength"] if strength is None else strength
             sampler = sampler or defaults["sampler"]
             scheduler = scheduler or defaults["scheduler"]
             clip_skip = clip_skip or defaults["clip_skip"]  # 0: the family's own
             init_pixels = None if start is None else pixels(start, "RGB", (width, height))
             mask_pixels = None if where is None else pixels(where, "L", (width, height))
+            control_pixels = None if control is None else pixels(control, "RGB", (width, height))
             uses = [
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
@@ -380,6 +399,8 @@ class SDContext:
                 height=height,
                 steps=steps,
                 cfg_scale=cfg_scale,
+                guidance=-1.0 if guidance is None else guidance,
+                shift=shift or 0.0,
                 seed=seed,
                 batch_size=batch_size,
                 sampler=sampler,
@@ -390,6 +411,7 @@ class SDContext:
                 init_image=init_pixels,
                 strength=strength,
                 mask=mask_pixels,
+                control_image=control_pixels,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
             )
@@ -399,6 +421,8 @@ class SDContext:
             sampler=sampler,
             scheduler=scheduler,
             cfg_scale=cfg_scale,
+            guidance=guidance,
+            shift=shift,
             width=width,
             height=height,
             strength=None if start is None else strength,
@@ -408,6 +432,7 @@ class SDContext:
             vae_tile=vae_tile,
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
+            control_hash=_hash(control_pixels),
             backend=info["backend"],
             precision=info["precision"],
             **self._origin(),

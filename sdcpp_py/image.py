@@ -61,6 +61,8 @@ class Parameters:
     sampler: str | None = None
     scheduler: str | None = None
     cfg_scale: float | None = None
+    guidance: float | None = None
+    shift: float | None = None
     seed: int | None = None
     width: int | None = None
     height: int | None = None
@@ -74,6 +76,8 @@ class Parameters:
     clip_g: str | None = None
     clip_h_hash: str | None = None
     clip_h: str | None = None
+    t5xxl_hash: str | None = None
+    t5xxl: str | None = None
     prediction: str | None = None
     strength: float | None = None
     clip_skip: int | None = None
@@ -82,6 +86,7 @@ class Parameters:
     vae_tile: int | None = None
     init_image_hash: str | None = None
     mask_hash: str | None = None
+    control_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -101,6 +106,8 @@ _FIELDS: Final = (
     ("Sampler", "sampler", str),
     ("Schedule type", "scheduler", str),
     ("CFG scale", "cfg_scale", float),
+    ("Distilled CFG Scale", "guidance", float),  # as forge writes it
+    ("Shift", "shift", float),
     ("Seed", "seed", int),
     ("Size", "size", str),
     ("Model hash", "model_hash", str),
@@ -113,6 +120,8 @@ _FIELDS: Final = (
     ("CLIP-G", "clip_g", str),
     ("CLIP-H hash", "clip_h_hash", str),
     ("CLIP-H", "clip_h", str),
+    ("T5-XXL hash", "t5xxl_hash", str),
+    ("T5-XXL", "t5xxl", str),
     ("Prediction", "prediction", str),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),
@@ -121,6 +130,7 @@ _FIELDS: Final = (
     ("VAE tile", "vae_tile", int),
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
+    ("Control image hash", "control_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),

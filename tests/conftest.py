@@ -71,3 +71,25 @@ def sd_ctx(tiny_sd1: Path) -> SDContext:
     """A context on the tiny single-file model, shared by the tests of a module."""
     with SDContext(tiny_sd1) as context:
         yield context
+
+
+@pytest.fixture(scope="session")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
+    """Contexts on tiny FLUX.1 and SD3 models by how they are stored, each opened once: dit(model, storage="single")."""
+    import lora_dit
+    import tiny_dit
+
+    root = tmp_path_factory.mktemp("dit")
+    opened: dict[object, SDContext] = {}
+
+    def context(model: lora_dit.Model, storage: str = "folder") -> SDContext:
+        if (model, storage) not in opened:
+            family, path = lora_dit.family(model), root / f"model-{len(opened)}"
+            if storage == "folder":
+                family.write_folder(model, path)
+            else:
+                path = tiny_dit.save(family.single_tensors(model), path.with_suffix(".safetensors"))
+            opened[model, storage] = SDContext(path, threads=1, precision="f32")
+        return opened[model, storage]
+
+    return context

@@ -43,7 +43,7 @@ def write(path: Path, kind: str, native_context: object) -> tuple[Path, dict[str
             whole = f"{component}.{name}"
             as_kind = kind if kind in ("f32", "f16") or (component != "vae" and _fits(values, kind)) else "f16"
             as_kind = "f32" if values.ndim == 1 else as_kind
-            stored, meant = _store(whole, values, as_kind)
+            stored, meant = store(whole, values, as_kind)
             if names[whole].startswith("first_stage_model.") and ".attn_1." in names[whole] and values.ndim == 2:
                 stored = stored[:, :, None, None]
             raw = None if as_kind in ("f32", "f16") else _GGML[as_kind]
@@ -62,7 +62,7 @@ def write_tensors(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> P
     for name, values in tensors.items():
         fits = not name.startswith("first_stage_model.") and "text_projection" not in name and _fits(values, kind)
         as_kind = "f32" if values.ndim < 2 else kind if fits else "f16"
-        stored, _ = _store(name, np.atleast_1d(values), as_kind)
+        stored, _ = store(name, np.atleast_1d(values), as_kind)
         writer.add_tensor(name, stored, raw_dtype=None if as_kind in ("f32", "f16") else _GGML[as_kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -77,7 +77,7 @@ def _fits(values: np.ndarray, kind: str) -> bool:
     return values.ndim == 2 and values.shape[0] < 10000 and values.shape[1] % block == 0
 
 
-def _store(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def store(name: str, values: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """As the file has it, and what it means."""
     if kind in ("f32", "f16"):
         stored = values.astype(np.float32 if kind == "f32" else np.float16)

@@ -140,6 +140,11 @@ def unet_shapes(c: TinySD1) -> Shapes:
 
 def vae_shapes(c: TinySD1) -> Shapes:
     """What AutoencoderKL of these sizes holds."""
+    return vae_shapes_of(c, channels=4, quant=True)
+
+
+def vae_shapes_of(c: TinySD1, *, channels: int, quant: bool) -> Shapes:
+    """The same with so many channels of the latent, with or without the two outer convolutions."""
     s: Shapes = {}
 
     def residual(name: str, inputs: int, outputs: int) -> None:
@@ -168,10 +173,11 @@ def vae_shapes(c: TinySD1) -> Shapes:
             conv(s, f"encoder.down_blocks.{level}.downsamplers.0.conv", width, width, 3)
     middle("encoder.mid_block", width)
     norm(s, "encoder.conv_norm_out", width)
-    conv(s, "encoder.conv_out", width, 8, 3)
-    conv(s, "quant_conv", 8, 8, 1)
-    conv(s, "post_quant_conv", 4, 4, 1)
-    conv(s, "decoder.conv_in", 4, width, 3)
+    conv(s, "encoder.conv_out", width, 2 * channels, 3)
+    if quant:
+        conv(s, "quant_conv", 2 * channels, 2 * channels, 1)
+        conv(s, "post_quant_conv", channels, channels, 1)
+    conv(s, "decoder.conv_in", channels, width, 3)
     middle("decoder.mid_block", width)
     for index, out in enumerate(reversed(c.vae_widths)):
         for i in range(c.vae_blocks + 1):

@@ -38,7 +38,8 @@ py::dict defaults(const Context & context) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const sd_request request = sd_default_request(ctx.get());
     return py::dict("width"_a = request.width, "height"_a = request.height, "steps"_a = request.steps,
-                    "cfg_scale"_a = request.cfg_scale, "sampler"_a = text_or_none(request.sampler),
+                    "cfg_scale"_a = request.cfg_scale, "guidance"_a = request.guidance,
+                        "shift"_a = request.shift, "sampler"_a = text_or_none(request.sampler),
                     "scheduler"_a = text_or_none(request.scheduler), "rng"_a = text_or_none(request.rng),
                     "eta"_a = request.eta, "clip_skip"_a = request.clip_skip, "strength"_a = request.strength,
                     "vae_tile"_a = request.vae_tile);

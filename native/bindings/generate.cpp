@@ -139,7 +139,7 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
                uint64_t seed, int batch_size, const Name & sampler, const Name & scheduler, const Name & rng,
                float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
                const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
-               const LoraLists & loras) {
+               const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
     const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
@@ -154,6 +154,8 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.height = height;
     request.steps = steps;
     request.cfg_scale = cfg_scale;
+    request.guidance = guidance;
+    request.shift = shift;
     request.seed = seed;
     request.batch_size = batch_size;
     request.sampler = c_text(sampler, "sampler");
@@ -164,6 +166,7 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.init_image = pixels(init_image, "init_image", width, height, 3);
     request.strength = strength;
     request.mask = pixels(mask, "mask", width, height, 1);
+    request.control_image = pixels(control_image, "control_image", width, height, 3);
     request.vae_tile = vae_tile;
     request.on_step = on_step.is_none() ? nullptr : Run::step;
     request.keep_going = Run::keep_going;
@@ -187,7 +190,7 @@ void bind_generate(py::module_ & m, ContextClass & context) {
     context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
-                "loras"_a = LoraLists());
+                "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none());
 }
 
 } // namespace binding

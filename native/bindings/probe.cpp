@@ -26,6 +26,15 @@ struct Result {
     Floats flat() const { return Floats(static_cast<py::ssize_t>(data.size()), data.data()); }
 };
 
+sd_tensor tensor_of(const char * name, const Floats & array) {
+    if (array.ndim() > 4) {
+        raise(SD_BAD_ARGUMENT, py::str("{}: has {} dimensions; the most is 4").format(name, array.ndim()));
+    }
+    sd_tensor tensor{name, {1, 1, 1, 1}, const_cast<float *>(array.data())};
+    std::reverse_copy(array.shape(), array.shape() + array.ndim(), tensor.ne);
+    return tensor;
+}
+
 Floats probe_run(const Context & context, const std::string & network, const py::kwargs & arrays) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     std::vector<std::string> keys;
@@ -36,14 +45,7 @@ Floats probe_run(const Context & context, const std::string & network, const py:
     }
     std::vector<sd_tensor> inputs;
     for (size_t i = 0; i < keys.size(); i++) {
-        Floats & value = values[i];
-        if (value.ndim() > 4) {
-            raise(SD_BAD_ARGUMENT,
-                  py::str("{}: has {} dimensions; the most is 4").format(keys[i], value.ndim()));
-        }
-        sd_tensor input{keys[i].c_str(), {1, 1, 1, 1}, const_cast<float *>(value.data())};
-        std::reverse_copy(value.shape(), value.shape() + value.ndim(), input.ne);
-        inputs.push_back(input);
+        inputs.push_back(tensor_of(keys[i].c_str(), values[i]));
     }
     const char * name = c_text(network, "network");
     Result result;
@@ -107,15 +109,35 @@ Floats row(Probe && probe) {
     return result.flat();
 }
 
-py::array_t<int32_t> probe_clip_tokens(const std::string & merges_path, const std::string & words) {
-    const char * path = c_text(merges_path, "merges_path");
-    const char * utf8 = c_text(words, "text");
-    const Floats ids =
-        row([&](sd_receive receive, void * user) { return sd_probe_clip_tokens(path, utf8, receive, user); });
+py::array_t<int32_t> whole(const Floats & ids) {
     py::array_t<int32_t> out(ids.size());
     std::transform(ids.data(), ids.data() + ids.size(), out.mutable_data(),
                    [](float id) { return static_cast<int32_t>(id); });
     return out;
+}
+
+py::array_t<int32_t> probe_clip_tokens(const std::string & merges_path, const std::string & words) {
+    const char * path = c_text(merges_path, "merges_path");
+    const char * utf8 = c_text(words, "text");
+    return whole(
+        row([&](sd_receive receive, void * user) { return sd_probe_clip_tokens(path, utf8, receive, user); }));
+}
+
+py::array_t<int32_t> probe_t5_tokens(const std::string & path, const std::string & words, const std::string & data_dir) {
+    const char * file = c_text(path, "path");
+    const char * utf8 = c_text(words, "text");
+    const char * data = c_text(data_dir, "data_dir");
+    return whole(
+        row([&](sd_receive receive, void * user) { return sd_probe_t5_tokens(file, data, utf8, receive, user); }));
+}
+
+Floats probe_t5(const std::string & path, const Floats & ids, const std::optional<Floats> & mask) {
+    const char * file = c_text(path, "path");
+    const sd_tensor given = tensor_of("ids", ids);
+    const sd_tensor seen = mask ? tensor_of("mask", *mask) : sd_tensor();
+    Result result;
+    check(released([&] { return sd_probe_t5(file, &given, mask ? &seen : nullptr, Result::receive, &result); }));
+    return result.array();
 }
 
 Floats probe_noise(const std::string & rng, uint64_t seed, int64_t n) {
@@ -201,6 +223,8 @@ void bind_probe(py::module_ & m) {
     m.def("probe_profile", probe_profile, "context"_a, "on"_a);
     m.def("probe_operations", probe_operations, "context"_a);
     m.def("probe_clip_tokens", probe_clip_tokens, "merges_path"_a, "text"_a);
+    m.def("probe_t5_tokens", probe_t5_tokens, "path"_a, "text"_a, "data_dir"_a = "");
+    m.def("probe_t5", probe_t5, "path"_a, "ids"_a, "mask"_a = py::none());
     m.def("probe_noise", probe_noise, "rng"_a, "seed"_a, "n"_a);
     m.def("probe_sigmas", probe_sigmas, "scheduler"_a, "steps"_a);
     m.def("probe_sample", probe_sample, "sampler"_a, "sigmas"_a, "denoise"_a, "x"_a, py::kw_only(),

@@ -68,7 +68,7 @@ std::vector<sd_component> c_components(const Components & components) {
     return parts;
 }
 
-// ([(name, type, shape, dims, path, offset, bytes), ...], metadata)
+// ([(name, type, shape, dims, path, offset, bytes, scale), ...], metadata)
 py::tuple list_tensors(const std::string & model, const Components & components) {
     struct Call {
         py::list tensors;
@@ -79,7 +79,7 @@ py::tuple list_tensors(const std::string & model, const Components & components)
         Call & self = *static_cast<Call *>(user);
         return self.raised.guard([&] {
             self.tensors.append(py::make_tuple(text(tensor->name), text(tensor->type), numpy_shape(tensor->ne, tensor->dims),
-                                               tensor->dims, py::bytes(tensor->path), tensor->offset, tensor->bytes));
+                                               tensor->dims, py::bytes(tensor->path), tensor->offset, tensor->bytes, tensor->scale));
             return true;
         });
     };

@@ -121,7 +121,7 @@ SD_API void      sd_close(sd_ctx * ctx); // NULL is allowed
 
 typedef struct sd_model_info {
     const char * family;         // "sd1"
-    const char * prediction;     // "eps" or "v"
+    const char * prediction;     // "eps", "v" or "flow"
     const char * backend;        // the device's name
     int          threads;
     const char * kernels;        // of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations
@@ -129,7 +129,7 @@ typedef struct sd_model_info {
     int          size_multiple;  // width and height are multiples of it
     int          native_size;    // pixels, what the network was trained at
     int          latent_channels;
-    int          input_channels; // of the denoiser: 4 plain, 9 inpainting, 8 pix2pix
+    int          input_channels; // of the denoiser: latent_channels and what it sees beside the latent
     size_t       weight_bytes;   // as resident
     int          n_weights;
     int          latent_cell;    // side of a latent's cell in pixels: 8 for Stable Diffusion
@@ -169,6 +169,7 @@ typedef struct sd_stored {
     int64_t      ne[4];  // the fastest dimension first; 1 beyond `dims`
     const char * path;
     size_t       offset, bytes;
+    float        scale;  // what the elements are multiplied by, of 8-bit floats; else 1
 } sd_stored;
 
 // Return false to stop.
@@ -241,6 +242,8 @@ typedef struct sd_request {
     int               width, height;
     int               steps;
     float             cfg_scale;        // 1 turns guidance off
+    float             guidance;         // what models distilled for guidance are told, as FLUX.1 dev; < 0: their own
+    float             shift;            // of the noise levels of rectified flows, as SD3 and FLUX; 0: their own
     uint64_t          seed;             // image k of a batch is the image of seed + k alone
     int               batch_size;
     const char *      sampler;          // NULL: the family's own
@@ -251,6 +254,7 @@ typedef struct sd_request {
     const uint8_t *   init_image;       // width * height RGB to start from, or NULL
     float             strength;         // of the change to init_image, 0 to 1
     const uint8_t *   mask;             // width * height grey, 255 where to repaint; needs init_image; or NULL
+    const uint8_t *   control_image;    // width * height RGB, edges or depths, for models that need one; or NULL
     int               vae_tile;         // decode and encode in tiles of this many pixels; 0: only where needed
     sd_on_step        on_step;          // may be NULL
     sd_keep_going     keep_going;       // may be NULL

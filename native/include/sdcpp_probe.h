@@ -24,9 +24,11 @@ typedef void (*sd_receive)(const sd_tensor * result, void * user);
 // Runs one network on the given inputs:
 //   "text"        ids [n, chunks] (whole numbers), clip_skip [1]       -> [width, n, chunks]
 //                 of two encoders also ids_2, and ends [chunks]: where each chunk ends, counted through all
+//                 of SD3 and FLUX one encoder at a time: ids, ids_2 or t5_ids
 //   "pooled"      the same                                             -> [width, chunks]
 //   "denoise"     latent [W, H, C, N], time [N], text [width, n, N]    -> what the network predicts
-//                 of SDXL also pooled [width, N] and sizes [6, N]
+//                 of SDXL also pooled [width, N] and sizes [6, N]; of SD3 and FLUX pooled, and guidance [N] where
+//                 the model takes one
 //   "vae_encode"  image [W, H, 3, N] in -1..1                          -> mean and log-variance [w, h, 2C, N]
 //   "vae_decode"  latent [w, h, C, N], unscaled                        -> [W, H, 3, N]
 SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tensor * inputs, int n_inputs,
@@ -66,6 +68,15 @@ SD_API bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info
 
 // CLIP token ids of a text without begin and end, as floats: [n].
 SD_API sd_status sd_probe_clip_tokens(const char * merges_path, const char * text, sd_receive receive, void * user);
+
+// T5's token ids without the end, by the vocabulary in `path`: a spiece.model, a tokenizer.json, or a T5, for which it
+// is looked for as families do: [n].
+SD_API sd_status sd_probe_t5_tokens(const char * path, const char * data_dir, const char * text, sd_receive receive,
+                                    void * user);
+
+// The T5 encoder of a file or folder, on the CPU: ids [n, N], and mask [n, N] or NULL -> [width, n, N].
+SD_API sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_tensor * mask, sd_receive receive,
+                             void * user);
 
 // What torch.randn(n) gives: [n].
 SD_API sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive receive, void * user);

@@ -2,8 +2,12 @@
 #include "sdcpp.h"
 #include "sdcpp_probe.h"
 
+#include "checkpoint/diffusers_folder.h"
+#include "checkpoint/gguf.h"
+#include "checkpoint/safetensors.h"
 #include "context.h"
 #include "core/error.h"
+#include "families/t5_text.h"
 #include "nn/convert.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
@@ -105,6 +109,8 @@ sd::Request to_request(const sd_request & from) {
     request.height = from.height;
     request.steps = from.steps;
     request.cfg_scale = from.cfg_scale;
+    request.guidance = from.guidance;
+    request.shift = from.shift;
     request.seed = from.seed;
     request.batch_size = from.batch_size;
     request.sampler = or_empty(from.sampler);
@@ -115,6 +121,7 @@ sd::Request to_request(const sd_request & from) {
     request.init_image = from.init_image;
     request.strength = from.strength;
     request.mask = from.mask;
+    request.control_image = from.control_image;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -192,6 +199,21 @@ void give(std::vector<float> values, sd_receive receive, void * user) {
     tensor.ne = {static_cast<int64_t>(values.size()), 1, 1, 1};
     tensor.data = std::move(values);
     give(std::move(tensor), receive, user);
+}
+
+const char * const t5_place = "text_encoders.t5xxl.transformer";
+
+// Of a vocabulary, or of a file or folder with a T5.
+sd::T5Unigram open_t5_tokenizer(const std::string & path, const std::string & data_dir) {
+    const bool is_model = sd::is_folder(path) || [&] {
+        const sd::MappedFile file(path);
+        return sd::is_gguf(file) || sd::is_safetensors(file);
+    }();
+    if (!is_model) {
+        return sd::T5Unigram(sd::read_unigram_vocabulary(path));
+    }
+    sd::WeightStore weights(sd::Checkpoint::open("", {{"t5xxl", path}}));
+    return sd::open_t5_tokenizer(weights.checkpoint(), weights.root(t5_place, ""), data_dir);
 }
 
 } // namespace
@@ -285,7 +307,9 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
     const sd::Context &  context = ctx->context;
     const sd::Pipeline & pipeline = context.pipeline();
     return {context.family().name,
-            pipeline.prediction() == sd::Prediction::v ? "v" : "eps",
+            pipeline.prediction() == sd::Prediction::v      ? "v"
+            : pipeline.prediction() == sd::Prediction::flow ? "flow"
+                                                            : "eps",
             context.device().name().c_str(),
             context.device().threads(),
             context.device().kernels_name(),
@@ -342,7 +366,8 @@ sd_status sd_list_tensors(const char * model, const sd_component * components, i
                                    {tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]},
                                    tensor.file->path().c_str(),
                                    tensor.offset,
-                                   tensor.bytes};
+                                   tensor.bytes,
+                                   tensor.scale};
             if (on_tensor && !on_tensor(&stored, user)) {
                 sd::fail(sd::Status::cancelled, "the list was stopped");
             }
@@ -398,13 +423,14 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     request.width = request.height = pipeline.native_size();
     request.steps = defaults.steps;
     request.cfg_scale = defaults.cfg_scale;
+    request.guidance = defaults.guidance > 0 ? defaults.guidance : -1;
     request.batch_size = 1;
     request.sampler = defaults.sampler;
     request.scheduler = defaults.scheduler;
     request.rng = sd::rng_names().front().c_str();
     request.eta = -1;
     request.clip_skip = defaults.clip_skip;
-    request.strength = 1;
+    request.strength = defaults.strength;
     return request;
 }
 
@@ -591,6 +617,38 @@ sd_status sd_probe_clip_tokens(const char * merges_path, const char * text, sd_r
         need(text, "text");
         const std::vector<int32_t> ids = sd::ClipBpe(merges_path).encode(text);
         give(std::vector<float>(ids.begin(), ids.end()), receive, user);
+    });
+}
+
+sd_status sd_probe_t5_tokens(const char * path, const char * data_dir, const char * text, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(path, "path");
+        need(text, "text");
+        const auto ids = open_t5_tokenizer(path, or_empty(data_dir)).encode(text);
+        give(std::vector<float>(ids.begin(), ids.end()), receive, user);
+    });
+}
+
+sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_tensor * mask, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(path, "path");
+        need(ids, "ids");
+        sd::Inputs       inputs;
+        const sd::Tensor given = to_tensor(*ids), seen = mask ? to_tensor(*mask) : sd::Tensor();
+        inputs["ids"] = &given;
+        if (mask) {
+            inputs["mask"] = &seen;
+        }
+        sd::WeightStore weights(sd::Checkpoint::open("", {{"t5xxl", path}}));
+        const sd::Scope scope = weights.root(t5_place, "");
+        const sd::T5Encoder encoder(scope, sd::T5Config::read(scope));
+        weights.check();
+        sd::Device device("CPU", 1, "f32");
+        weights.load(device);
+        sd::Runner runner(device, weights);
+        give(std::move(runner.run("t5", inputs, [&](sd::Graph & g) {
+                 g.output("out", encoder(g, g.input_ids("ids"), mask ? g.input("mask") : nullptr));
+             }).at("out")), receive, user);
     });
 }
 

@@ -130,6 +130,17 @@ void Context::complete(Request & r) const {
     if (!std::isfinite(r.eta)) {
         fail(Status::bad_argument, "eta %g: must be a finite number", static_cast<double>(r.eta));
     }
+    if (!std::isfinite(r.guidance) || (r.guidance >= 0 && defaults.guidance == 0)) {
+        fail(Status::bad_argument, "guidance %g: %s", static_cast<double>(r.guidance),
+             std::isfinite(r.guidance) ? "this model takes none; use cfg_scale" : "must be a finite number");
+    }
+    if (!(r.shift >= 0 && r.shift <= 100)) {
+        fail(Status::bad_argument, "shift %g: must be between 0 and 100", static_cast<double>(r.shift));
+    }
+    if (r.shift > 0 && pipeline_->prediction() != Prediction::flow) {
+        fail(Status::bad_argument, "shift %g: only models of rectified flows, as FLUX and SD3, have one",
+             static_cast<double>(r.shift));
+    }
     if (r.batch_size < 1 || r.batch_size > max_batch) {
         fail(Status::bad_argument, "batch_size %d: must be between 1 and %d", r.batch_size, max_batch);
     }
@@ -153,9 +164,33 @@ void Context::complete(Request & r) const {
     if (r.clip_skip == 0) {
         r.clip_skip = defaults.clip_skip;
     }
+    if (r.guidance < 0) {
+        r.guidance = defaults.guidance;
+    }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
+    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
+        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
+             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
+    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
+}
+
+// A picture to follow is for models and LoRAs that look at one, and those need it.
+void Context::check_control(const Request & r) const {
+    const bool of_lora = loras_.control_inputs() > 0, of_model = pipeline_->extra_input() == ExtraInput::control;
+    if (of_lora && pipeline_->extra_input() != ExtraInput::none) {
+        fail(Status::bad_argument, "a control LoRA is for the plain model; this one has other inputs already");
+    }
+    if ((of_lora || of_model) && !r.control_image) {
+        const int64_t plain = 4 * pipeline_->latent_format().channels, more = of_lora ? loras_.control_inputs() : plain;
+        fail(Status::bad_argument, "%s takes %lld input features, where the plain model has %lld: it needs a control_image, a "
+             "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
+             static_cast<long long>(plain + more), static_cast<long long>(plain));
+    }
+    if (r.control_image && !of_lora && !of_model) {
+        fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
+    }
 }
 
 // ---- what to paint -------------------------------------------------------------------------------------
@@ -230,7 +265,7 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     });
     Tensor latent({moments.ne[0], moments.ne[1], format.channels, 1});
     for (size_t i = 0; i < latent.data.size(); ++i) {
-        latent.data[i] = moments.data[i] * format.scale;
+        latent.data[i] = (moments.data[i] - format.shift) * format.scale;
     }
     return latent;
 }
@@ -243,7 +278,6 @@ static int tile_for(const Request & r) {
 Context::Latents Context::start(const Request & r) {
     const LatentFormat format = pipeline_->latent_format();
     const int64_t      w = r.width / format.reduction, h = r.height / format.reduction;
-    const int64_t      inputs = pipeline_->input_channels();
     Latents            out{{w, h, format.channels, r.batch_size}, {}, {}, {}};
 
     std::vector<float> picture;
@@ -251,26 +285,66 @@ Context::Latents Context::start(const Request & r) {
         picture = image_from_rgb(r.init_image, r.width, r.height).data;
         out.init = encode_picture(picture, r.width, r.height, tile_for(r));
     }
-    if (r.mask) {
+    // A Fill model sees what is around the mask, and was trained to paint all of the picture.
+    if (r.mask && pipeline_->extra_input() != ExtraInput::fill) {
         out.mask = latent_mask(r.mask, r.width, r.height, format.reduction);
     }
-    if (inputs == 2 * format.channels) {
-        fail(Status::unsupported, "this is an InstructPix2Pix model (%lld input channels); only its text encoder and "
-             "autoencoder can be used so far", static_cast<long long>(inputs));
-    }
-    if (inputs == 2 * format.channels + 1) {
-        // An inpainting model sees the mask, and the picture with grey where it is to repaint.
-        const int64_t plane = static_cast<int64_t>(r.width) * r.height;
+    out.extra = extra_channels(r, std::move(picture), out.mask);
+    return out;
+}
+
+// What the denoiser sees behind the latent's own channels, in the order of ExtraInput: [w, h, C, 1].
+std::optional<Tensor> Context::extra_channels(const Request & r, std::vector<float> picture,
+                                              const std::optional<Tensor> & mask) {
+    const int64_t         side = pipeline_->latent_format().reduction, plane = static_cast<int64_t>(r.width) * r.height;
+    const int64_t         w = r.width / side, h = r.height / side;
+    std::optional<Tensor> out;
+    const auto            add = [&](const std::vector<float> & values) {
+        out = out ? out : Tensor({w, h, 0, 1});
+        out->ne[2] += static_cast<int64_t>(values.size()) / (w * h);
+        append(out->data, values);
+    };
+    const auto add_latent = [&](const std::vector<float> & rgb) {
+        add(encode_picture(rgb, r.width, r.height, tile_for(r)).data);
+    };
+    const auto is_repainted = [&](int64_t pixel) { return !r.mask || r.mask[pixel] >= 128; };
+    const auto hide = [&] { // under grey, what is to be repainted
         picture.resize(static_cast<size_t>(3 * plane), 0.0f);
         for (int64_t i = 0; i < 3 * plane; ++i) {
-            picture[i] = !r.mask || r.mask[i % plane] >= 128 ? 0.0f : picture[i];
+            picture[i] = is_repainted(i % plane) ? 0.0f : picture[i];
         }
-        Tensor shown = encode_picture(picture, r.width, r.height, tile_for(r));
-        out.extra = Tensor({w, h, 1 + format.channels, 1});
-        for (int64_t i = 0; i < w * h; ++i) {
-            out.extra->data[i] = !out.mask || out.mask->data[i] >= 0.5f ? 1.0f : 0.0f;
+    };
+    switch (pipeline_->extra_input()) {
+    case ExtraInput::none:
+    case ExtraInput::control:
+        break;
+    case ExtraInput::pix2pix:
+        fail(Status::unsupported, "this is an InstructPix2Pix model (%d input channels); only its text encoder and "
+             "autoencoder can be used so far", pipeline_->input_channels());
+    case ExtraInput::inpainting: {
+        std::vector<float> cells(static_cast<size_t>(w * h), 1.0f);
+        for (size_t i = 0; mask && i < cells.size(); ++i) {
+            cells[i] = mask->data[i] >= 0.5f ? 1.0f : 0.0f;
         }
-        std::copy(shown.data.begin(), shown.data.end(), out.extra->data.begin() + w * h);
+        hide();
+        add(cells);
+        add_latent(picture);
+        break;
+    }
+    case ExtraInput::fill: {
+        std::vector<float> pixels(static_cast<size_t>(plane));
+        for (int64_t i = 0; i < plane; ++i) {
+            const int64_t x = i % r.width, y = i / r.width, channel = y % side * side + x % side;
+            pixels[(channel * h + y / side) * w + x / side] = is_repainted(i) ? 1.0f : 0.0f;
+        }
+        hide();
+        add_latent(picture);
+        add(pixels);
+        break;
+    }
+    }
+    if (r.control_image) {
+        add_latent(image_from_rgb(r.control_image, r.width, r.height).data);
     }
     return out;
 }
@@ -281,12 +355,13 @@ void Context::generate(Request r, uint8_t * rgb) {
     const Claim claim(*this, r.keep_going);
     complete(r);
     loras_.apply(r.loras);
+    check_control(r);
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
-    const NoiseSchedule trained = pipeline_->noise_schedule();
-    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Latents       begin = start(r);
+    const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
+    std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -294,6 +369,9 @@ void Context::generate(Request r, uint8_t * rgb) {
         const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * r.strength));
         sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
     }
+
+    const Prediction prediction = pipeline_->prediction();
+    const auto       kept_at = [&](float sigma) { return prediction == Prediction::flow ? 1 - sigma : 1.0f; };
 
     const size_t                      one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
     const size_t                      plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
@@ -304,14 +382,19 @@ void Context::generate(Request r, uint8_t * rgb) {
         float * at = x.data() + image * one;
         rngs.back()->normal(at, one);
         for (size_t i = 0; i < one; ++i) {
-            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] : 0.0f);
+            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] * kept_at(sigmas.front()) : 0.0f);
         }
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
-    Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1});
+    const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
+    Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
+    if (pipeline_->defaults().guidance > 0) {
+        std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
+        inputs["guidance"] = &guidance;
+    }
     for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
         for (const auto & [name, tensor] : *part) {
             inputs[name] = &tensor;
@@ -320,7 +403,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     const int  steps = static_cast<int>(sigmas.size()) - 1;
     int        done = 0;
     const auto denoise = [&](const std::vector<float> & noisy, float sigma, std::vector<float> & denoised) {
-        const float spread = std::sqrt(sigma * sigma + 1);
+        const float spread = prediction == Prediction::flow ? 1.0f : std::sqrt(sigma * sigma + 1);
         for (int run = 0; run < runs; ++run) {
             float *       to = latent.data.data() + run * (one + extra);
             const float * from = noisy.data() + (run % r.batch_size) * one;
@@ -338,7 +421,7 @@ void Context::generate(Request r, uint8_t * rgb) {
         denoised.resize(noisy.size());
         for (size_t i = 0; i < noisy.size(); ++i) {
             const float model = guided ? out[noisy.size() + i] + r.cfg_scale * (out[i] - out[noisy.size() + i]) : out[i];
-            denoised[i] = pipeline_->prediction() == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
+            denoised[i] = prediction == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
                                                                    : noisy[i] - sigma * model;
             if (begin.mask) { // what is not to be repainted is known
                 const float repaint = begin.mask->data[i % plane];
@@ -377,7 +460,7 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
-                       [&](float value) { return value / format.scale; });
+                       [&](float value) { return value / format.scale + format.shift; });
         const Tensor picture = in_tiles(unscaled, tile, format.reduction, 1, [&](const Tensor & part) {
             return runner_
                 .run("vae_decode", {{"latent", &part}}, [&](Graph & g) { g.output("image", pipeline_->decode_latent(g)); })

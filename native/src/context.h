@@ -33,6 +33,8 @@ struct Request {
     LoraState                                   loras;
     int                                         width = 0, height = 0, steps = 0;
     float                                       cfg_scale = 1;
+    float                                       guidance = -1; // below 0: the family's own
+    float                                       shift = 0;     // of a flow; 0: the family's own
     uint64_t                                    seed = 0;
     int                                         batch_size = 1;
     std::string                                 sampler, scheduler, rng; // "": the default
@@ -41,6 +43,7 @@ struct Request {
     const uint8_t *                             init_image = nullptr; // width * height RGB
     float                                       strength = 1;
     const uint8_t *                             mask = nullptr; // width * height grey
+    const uint8_t *                             control_image = nullptr; // width * height RGB
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;
@@ -103,9 +106,12 @@ class Context {
     };
 
     void         complete(Request & request) const;
+    void         check_control(const Request & request) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
+    std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
+                                         const std::optional<Tensor> & mask);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import numpy as np
+
 from .. import _native
 from ..errors import BadFile, Unsupported, from_os_error
 from .families import Family, recognise
@@ -116,11 +118,12 @@ def open_source(path: AnyPath, components: Mapping[str, AnyPath] | None = None) 
     parts = {role: os.fsencode(Path(part)) for role, part in (components or {}).items()}
     stored, metadata = _native.list_tensors(os.fsencode(given), parts)
     tensors = []
-    for name, type, shape, dims, file, offset, _ in stored:
+    for name, type, shape, dims, file, offset, _, scale in stored:
         if dims > 4:
             raise Unsupported(f"{given}: tensor {name!r} has {dims} dimensions; up to 4 are read here")
-        tensors.append(_stored(handles, name, type, shape, os.fsdecode(file), offset))
-    files = [Path(os.fsdecode(file)) for file in dict.fromkeys(file for *_, file, _, _ in stored)]
+        tensor = _stored(handles, name, type, shape, os.fsdecode(file), offset)
+        tensors.append(tensor if scale == 1 else _scaled(tensor, np.float32(scale)))
+    files = [Path(os.fsdecode(file)) for file in dict.fromkeys(file for *_, file, _, _, _ in stored)]
     return Source(given, tensors, metadata, [], files, handles)
 
 
@@ -128,3 +131,8 @@ def _stored(handles: Files, name: str, type: str, shape: tuple[int, ...], file: 
     tensor = Tensor(name, shape, type, lambda first, last: b"")
     width = TYPES[type].row_bytes(tensor.row_length)
     return replace(tensor, read=lambda first, last: handles.read(file, offset + first * width, (last - first) * width))
+
+
+def _scaled(tensor: Tensor, scale: np.float32) -> Tensor:
+    """8-bit floats that a number of their own multiplies; kept in f16, for their own type has no place for that."""
+    return replace(tensor, kept="f16").changed(lambda _, rows: rows * scale)

@@ -1,19 +1,18 @@
-"""Ours beside stable-diffusion-cpp-python and diffusers, in alternation and in one run.
+"""Ours beside stable-diffusion-cpp-python, diffusers and OpenVINO, in alternation and in one run.
 
     python tests/bench/checkpoint.py sd15-random.safetensors
-    python tests/bench/compare.py sd15-random.safetensors [--peer PYTHON] [--diffusers PYTHON] [--size 512] [--rounds 2]
+    python tests/bench/compare.py sd15-random.safetensors [--peer PYTHON] [--diffusers PYTHON] [--openvino PYTHON]
 
-`--peer` is a Python that has stable-diffusion-cpp-python, `--diffusers` one that has diffusers and torch; what is not
-given is left out. Every measurement is a fresh process: opening the file warm, a picture of a few steps with
-guidance, and the peak memory of the process. diffusers gets networks of the same shapes and its steps are UNet calls
-on a batch of two. Prints medians, ratios to the first peer, and the share of the rate at which this processor
-multiplies matrices that fit its cache, measured in the same run.
+`--peer` is a Python that has stable-diffusion-cpp-python, `--diffusers` one that has diffusers and torch, `--openvino`
+one that has OpenVINO as well; what is not given is left out. Every measurement is a fresh process: opening the file
+warm, a picture of a few steps with guidance, and the peak memory of the process. Networks of diffusers have the same
+shapes, and a step of theirs is a UNet call on a batch of two. Prints medians, ratios, and the rate at which torch
+multiplies matrices that fit the cache, measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import statistics
@@ -90,6 +89,36 @@ report(opened)
 """
 )
 
+# diffusers' networks compiled by OpenVINO for shapes that do not change.
+OPENVINO = (
+    DIFFUSERS[: DIFFUSERS.index("with torch.inference_mode")].replace("torch.PRECISION", "torch.float32")
+    + """
+import openvino
+options = {"INFERENCE_PRECISION_HINT": "KIND"}
+latent = torch.randn(2, 4, size // 8, size // 8)
+text = torch.randn(2, 77, 768)
+class Decoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vae = vae
+    def forward(self, latent):
+        return self.vae.decode(latent).sample
+unet.requires_grad_(False), vae.requires_grad_(False)
+with torch.no_grad():
+    example = {"sample": latent, "timestep": torch.tensor(500), "encoder_hidden_states": text}
+    unet_model = openvino.convert_model(unet, example_input=example, input=[list(latent.shape), [], list(text.shape)])
+    decoder_model = openvino.convert_model(Decoder(), example_input=latent[:1], input=[[1, *latent.shape[1:]]])
+del unet
+compiled, decoder = (openvino.compile_model(model, "CPU", options) for model in (unet_model, decoder_model))
+for _ in range(steps):
+    compiled([latent.numpy(), 500, text.numpy()])
+    marks.append(time.perf_counter())
+decoder([latent[:1].numpy()])
+finished = time.perf_counter()
+report(opened)
+"""
+)
+
 # Multiplications of matrices that stay in the cache, over and over: what this processor can do.
 PEAK = """
 import json, time
@@ -122,6 +151,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", help="a Python with stable-diffusion-cpp-python")
     parser.add_argument("--diffusers", help="a Python with diffusers and torch")
+    parser.add_argument("--openvino", help="a Python with diffusers, torch and openvino")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -136,6 +166,9 @@ def main() -> None:
     if arguments.diffusers:
         programs["diffusers f32"] = (arguments.diffusers, DIFFUSERS.replace("PRECISION", "float32"))
         programs["diffusers bf16"] = (arguments.diffusers, DIFFUSERS.replace("PRECISION", "bfloat16"))
+    if arguments.openvino:
+        programs["OpenVINO f32"] = (arguments.openvino, OPENVINO.replace("KIND", "f32"))
+        programs["OpenVINO bf16"] = (arguments.openvino, OPENVINO.replace("KIND", "bf16"))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     for _ in range(arguments.rounds):
         for name, (python, code) in programs.items():

@@ -1,7 +1,7 @@
 """What LoRAs cost: switching them, and a step with them; beside stable-diffusion-cpp-python and diffusers in one run.
 
     python tests/bench/checkpoint.py sd15-random.safetensors
-    python tests/bench/loras.py sd15-random.safetensors [--precision f32] [--peer PYTHON] [--diffusers PYTHON] [--size 512]
+    python tests/bench/loras.py sd15-random.safetensors [--precision f32] [--peer PYTHON] [--diffusers PYTHON]
 
 The LoRAs are made here: four files in the kohya convention, of rank 32 on the 128 linears of all attentions. Prints
 milliseconds, medians; a step's share is measured with and without LoRAs in alternation.

@@ -177,7 +177,15 @@ TEST_CASE("a component given apart replaces that one, in any of its spellings") 
           Names{rest, clip, vae, "unet.conv_in.b", "unet.down_blocks.0.a"});
 
     CHECK(names_with("clip_l", {"cond_stage_model.transformer.text_model.y"}) ==
-          Names{rest, "text_encoder.text_model.y", vae, unet});
+          Names{rest, vae, unet, "text_encoder.text_model.y"});
+    for (const char * name : {"encoder.block.3.layer.1.DenseReluDense.wi_0.weight", "enc.blk.3.ffn_gate.weight",
+                              "text_encoder_2.encoder.block.3.layer.1.DenseReluDense.wi_0.weight",
+                              "text_encoder_3.encoder.block.3.layer.1.DenseReluDense.wi_0.weight"}) {
+        CAPTURE(name);
+        CHECK(names_with("t5xxl", {name}) ==
+              Names{rest, clip, vae, unet,
+                    "text_encoders.t5xxl.transformer.encoder.block.3.layer.1.DenseReluDense.wi_0.weight"});
+    }
     for (const char * name :
          {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
           "text_encoder.text_model.embeddings.token_embedding.weight",
@@ -219,8 +227,8 @@ TEST_CASE("a component that is another one, or of an unknown role, is refused") 
     CHECK(contains(complaint([&] { given("vae"); }, Status::bad_file),
                    "a.safetensors: holds no VAE that we know (its first tensor is input_blocks.0.weight)"));
     CHECK(contains(complaint([&] { given("clip_l"); }, Status::bad_file), "CLIP-L"));
-    CHECK(complaint([&] { given("t5xxl"); }, Status::bad_argument) ==
-          "component 't5xxl' is not known; there are: model, vae, clip_l");
+    CHECK(contains(complaint([&] { given("t6"); }, Status::bad_argument),
+                   "component 't6' is not known; there are: model, vae, clip_l, t5xxl"));
 }
 
 TEST_CASE("a bare component as the main file keeps its names") {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_dit
 import lora_files
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import reference_lora
 import tiny
 import tiny_sdxl
 from cases import SD1, SD2, SDXL
+from cases_dit import FLUX, SD35_MEDIUM
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -32,8 +34,10 @@ RUN: dict[str, Any] = {
 IN_CI = settings.get_current_profile_name() == "ci"
 TYPES = quantised.TYPES if IN_CI else ("f16", "q8_0", "q4_K")
 FAMILIES: dict[str, tiny.TinySD1] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+TRANSFORMERS: dict[str, lora_dit.Model] = {"flux": FLUX, "sd3": SD35_MEDIUM}
 OTHERS = [("sd2", "q8_0"), ("sd2", "f16"), ("sdxl", "f16"), ("sdxl", "q8_0")]
-MODELS = [("sd1", kind) for kind in TYPES] + (OTHERS if IN_CI else OTHERS[::3])
+OTHERS += [("flux", "f16"), ("flux", "q8_0"), ("sd3", "f16"), ("sd3", "q8_0")]
+MODELS = [("sd1", kind) for kind in TYPES] + (OTHERS if IN_CI else [OTHERS[i] for i in (0, 3, 5)])
 SEQUENCES = 22 if IN_CI else 2  # of each type and mode
 
 NAMES = ("pairs", "mixed", "sub/text")
@@ -64,6 +68,36 @@ def write_loras(folder: Path, model: tiny.TinySD1) -> Path:
     text = update(modules("linear", encoders), reference_lora.lora, seed=7)
     for name, made in zip(NAMES, (pairs, mixed, text), strict=True):
         lora_files.save(folder / f"{name}.safetensors", lora_files.tensors_of(made, lora_files.numbered))
+    (folder / "bad.safetensors").write_bytes(b"no file at all")
+    return folder
+
+
+def write_transformer_loras(folder: Path, model: lora_dit.Model) -> Path:
+    """The same of a diffusion transformer: fused and split modules, and CLIP-L and T5 alone."""
+    weights = lora_dit.original(model)
+    fused = [
+        name for name in lora_dit.family(model).modules(model) if weights.get(f"{name}.weight", np.zeros(1)).ndim == 2
+    ]
+    split = [part for name in fused for part in lora_dit.family(model).modules(model)[name]]
+    pairs = lora_dit.peft("transformer.")(lora_dit.random_update(model, split[::2], seed=1))
+    mixed = {
+        **lora_dit.random_update(model, split[1::6], reference_lora.dora(reference_lora.lora, False), seed=2),
+        **lora_dit.random_update(model, split[3::6], reference_lora.loha, seed=3),
+        **lora_dit.random_update(model, split[5::6], reference_lora.ia3_of(False), seed=4),
+        **lora_dit.random_update(model, fused[2::5], reference_lora.lokr("w2", 4, 4), seed=5),
+    }
+    rng = np.random.default_rng(6)
+    text = {}
+    for stem, width in (
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 64),
+        ("lora_te3_encoder_block_1_layer_1_DenseReluDense_wi_0", model.context),
+    ):
+        out = 4 * width if "te1" in stem else 2 * width
+        text[f"{stem}.lora_down.weight"] = rng.standard_normal((4, width)).astype(np.float32)
+        text[f"{stem}.lora_up.weight"] = rng.standard_normal((out, 4)).astype(np.float32) / 8
+    (folder / "sub").mkdir(parents=True)
+    for name, tensors in zip(NAMES, (pairs, lora_dit.kohya("lycoris_")(mixed), text), strict=True):
+        lora_dit.write(tensors, folder / f"{name}.safetensors")
     (folder / "bad.safetensors").write_bytes(b"no file at all")
     return folder
 
@@ -173,7 +207,11 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         path = root / family
-        return path if path.exists() else write_loras(path, FAMILIES[family])
+        if path.exists():
+            return path
+        if family in TRANSFORMERS:
+            return write_transformer_loras(path, TRANSFORMERS[family])
+        return write_loras(path, FAMILIES[family])
 
     return folder
 
@@ -186,6 +224,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, native: Callable[..., Any])
         path = folder / f"{family}-{kind}.gguf"
         if path.exists():
             return path
+        if family in TRANSFORMERS:
+            model = TRANSFORMERS[family]
+            return quantised.write_tensors(path, kind, lora_dit.family(model).single_tensors(model))
         if family == "sd1":
             return quantised.write(path, kind, native(SD1))[0]
         return quantised.write_tensors(path, kind, tiny_sdxl.single_tensors(FAMILIES[family]))

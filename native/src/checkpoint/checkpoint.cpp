@@ -2,6 +2,7 @@
 
 #include "checkpoint/component.h"
 #include "checkpoint/diffusers_folder.h"
+#include "checkpoint/fp8_scales.h"
 #include "checkpoint/gguf.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/shards.h"
@@ -54,6 +55,7 @@ Checkpoint Checkpoint::open(const std::string & path, const std::vector<Componen
     for (const ComponentFile & component : components) {
         out.add_component(component);
     }
+    take_scales(out.tensors_);
     out.build_index();
     return out;
 }
@@ -61,6 +63,13 @@ Checkpoint Checkpoint::open(const std::string & path, const std::vector<Componen
 const StoredTensor * Checkpoint::find(const std::string & name) const {
     const auto found = index_.find(name);
     return found != index_.end() ? &tensors_[found->second] : nullptr;
+}
+
+const StoredArray * Checkpoint::find_array(const MappedFile * file, const std::string & name) const {
+    const auto found = std::find_if(arrays_.begin(), arrays_.end(), [&](const StoredArray & array) {
+        return array.file == file && array.name == name;
+    });
+    return found != arrays_.end() ? &*found : nullptr;
 }
 
 void Checkpoint::verify_unchanged(const char * since) const {
@@ -76,6 +85,9 @@ void Checkpoint::add_main() {
         for (const std::string & file : shard_files(path_)) {
             std::vector<StoredTensor> tensors = read(file, metadata_);
             std::move(tensors.begin(), tensors.end(), std::back_inserter(tensors_));
+        }
+        if (is_bare_denoiser(tensors_)) {
+            rename_component(find_role("model"), tensors_, path_);
         }
     } else {
         for (const std::string & component : folder_components(path_)) {
@@ -133,7 +145,7 @@ std::vector<StoredTensor> Checkpoint::read(const std::string & path,
     files_.push_back(std::make_unique<MappedFile>(path, in_ram_));
     const MappedFile & file = *files_.back();
     if (is_gguf(file)) {
-        return read_gguf(file, metadata);
+        return read_gguf(file, metadata, arrays_);
     }
     if (is_safetensors(file)) {
         return read_safetensors(file, metadata);

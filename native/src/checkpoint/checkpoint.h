@@ -23,11 +23,26 @@ struct StoredTensor {
     const MappedFile * file;   // owned by the checkpoint
     size_t             offset; // into the file
     size_t             bytes;
+    float              scale = 1; // what the elements are multiplied by, of 8-bit floats; see fp8_scales.h
 
     const uint8_t * data() const { return file->data() + offset; }
 };
 
-// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h") and its file, or its
+// A list among the metadata of a GGUF file, read when it is asked for. Each kind of elements is given as what it can be
+// without loss, and is empty otherwise.
+struct StoredArray {
+    const MappedFile * file; // owned by the checkpoint
+    std::string        name;
+    uint32_t           type; // GGUF's number
+    uint64_t           n;
+    size_t             offset; // of the first element
+
+    std::vector<std::string> texts() const;
+    std::vector<double>      numbers() const; // of integers and floats of at most 32 bits, and f64
+    std::string              bytes() const;
+};
+
+// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h", "t5xxl") and its file, or its
 // folder out of a diffusers folder.
 struct ComponentFile {
     std::string role;
@@ -60,6 +75,9 @@ class Checkpoint {
     // numbers as "5,10,20").
     const std::map<std::string, std::string> & metadata() const { return metadata_; }
 
+    // Null if the file's metadata have no list of that name.
+    const StoredArray * find_array(const MappedFile * file, const std::string & name) const;
+
     // Throws if a mapped file has become shorter or newer since it was opened: it can't be trusted then.
     // `since` ends the sentence "was changed on disk while", with the next step.
     void verify_unchanged(const char * since) const;
@@ -76,6 +94,7 @@ class Checkpoint {
     std::vector<StoredTensor>                tensors_;
     std::unordered_map<std::string, size_t>  index_;
     std::map<std::string, std::string>       metadata_;
+    std::vector<StoredArray>                 arrays_;
 };
 
 } // namespace sd

@@ -10,6 +10,8 @@
 namespace sd {
 namespace {
 
+constexpr const char * T5 = "text_encoders.t5xxl.transformer.";
+
 const std::vector<Role> & roles() {
     static const std::vector<Role> ROLES = {
         {{"model", "unet"},
@@ -22,6 +24,10 @@ const std::vector<Role> & roles() {
              {"diffusion_model.", "diffusion_model.", "model.diffusion_model."},
              {"input_blocks.", "", "model.diffusion_model."},
              {"down_blocks.", "", "unet."},
+             {"transformer.", "transformer.", "transformer."},
+             {"double_blocks.", "", "model.diffusion_model."},
+             {"joint_blocks.", "", "model.diffusion_model."},
+             {"transformer_blocks.", "", "transformer."},
          }},
         {{"vae"},
          "VAE",
@@ -49,6 +55,17 @@ const std::vector<Role> & roles() {
              {"text_model.", "", "text_encoder."},
              {"embeddings.token_embedding.", "", "text_encoder."}, // as transformers 5 saves a CLIPTextModel
          }},
+        {{"t5xxl", "t5"},
+         "T5 text encoder",
+         false,
+         {"text_encoders.t5xxl.", "text_encoder_3.", "text_encoder_2.shared.", "text_encoder_2.encoder."},
+         {
+             {"text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.transformer.", T5},
+             {"text_encoder_3.", "text_encoder_3.", T5},
+             {"text_encoder_2.encoder.", "text_encoder_2.", T5},
+             {"encoder.block.", "", T5},
+             {"enc.blk.", "", T5}, // llama.cpp's GGUF files
+         }},
         {{"clip_g"},
          "CLIP-G text encoder (OpenCLIP-bigG)",
          false,
@@ -75,6 +92,44 @@ const std::vector<Role> & roles() {
          }},
     };
     return ROLES;
+}
+
+// T5's encoder as llama.cpp's converter names it: "enc.blk.3.ffn_gate.weight".
+std::string t5_name_of_llama(const std::string & name) {
+    struct Leaf {
+        const char * llama;
+        const char * transformers;
+    };
+    static constexpr Leaf LEAVES[] = {
+        {"attn_norm.", "layer.0.layer_norm."},
+        {"attn_q.", "layer.0.SelfAttention.q."},
+        {"attn_k.", "layer.0.SelfAttention.k."},
+        {"attn_v.", "layer.0.SelfAttention.v."},
+        {"attn_o.", "layer.0.SelfAttention.o."},
+        {"attn_rel_b.", "layer.0.SelfAttention.relative_attention_bias."},
+        {"ffn_norm.", "layer.1.layer_norm."},
+        {"ffn_gate.", "layer.1.DenseReluDense.wi_0."},
+        {"ffn_up.", "layer.1.DenseReluDense.wi_1."},
+        {"ffn_down.", "layer.1.DenseReluDense.wo."},
+    };
+    if (begins_with(name, "token_embd.")) {
+        return "shared." + name.substr(11);
+    }
+    if (begins_with(name, "enc.output_norm.")) {
+        return "encoder.final_layer_norm." + name.substr(16);
+    }
+    constexpr size_t AT = 8; // of the block's number
+    const size_t     dot = begins_with(name, "enc.blk.") ? name.find('.', AT) : std::string::npos;
+    if (dot == std::string::npos) {
+        return name;
+    }
+    for (const Leaf & leaf : LEAVES) {
+        if (name.compare(dot + 1, std::string_view(leaf.llama).size(), leaf.llama) == 0) {
+            return "encoder.block." + name.substr(AT, dot + 1 - AT) + leaf.transformers +
+                   name.substr(dot + 1 + std::string_view(leaf.llama).size());
+        }
+    }
+    return name;
 }
 
 // The name with its `from`, which lies after at least `after` characters, replaced.
@@ -131,7 +186,31 @@ std::string rename_component(const Role & role, std::vector<StoredTensor> & tens
          role.what, first.c_str());
 }
 
+bool is_bare_denoiser(const std::vector<StoredTensor> & tensors) {
+    // Of parameters that no LoRA has by these names, however bare its own are.
+    static constexpr std::string_view TELLING[] = {
+        "double_blocks.0.img_attn.proj.bias", "joint_blocks.0.x_block.attn.proj.bias", "transformer_blocks.0.ff.net.2.bias",
+        "middle_block.0.in_layers.0.bias", "mid_block.resnets.0.norm1.bias",
+    };
+    return std::any_of(tensors.begin(), tensors.end(), [](const StoredTensor & tensor) {
+        return std::find(std::begin(TELLING), std::end(TELLING), tensor.name) != std::end(TELLING);
+    });
+}
+
 std::string usual_name(const std::string & name) {
+    if (begins_with(name, T5)) {
+        return T5 + t5_name_of_llama(name.substr(std::string_view(T5).size()));
+    }
+    // ComfyUI's own checkpoints call the original autoencoder "vae".
+    if (begins_with(name, "vae.")) {
+        const std::string_view inner = std::string_view(name).substr(4);
+        for (const char * child : {"encoder.down.", "encoder.mid.", "encoder.norm_out.", "decoder.up.", "decoder.mid.",
+                                   "decoder.norm_out."}) {
+            if (begins_with(inner, child)) {
+                return "first_stage_model." + std::string(inner);
+            }
+        }
+    }
     // CLIP's text tower: transformers 5 and some old single files leave "text_model." out.
     for (const std::string_view prefix :
          {"text_encoder.", "text_encoder_2.", "cond_stage_model.transformer."}) {

@@ -32,6 +32,9 @@ bool owns(const Role & role, const std::string & name);
 std::string rename_component(const Role & role, std::vector<StoredTensor> & tensors,
                              const std::string & path);
 
+// Whether a file has a denoiser without the prefix that tells components of a checkpoint apart.
+bool is_bare_denoiser(const std::vector<StoredTensor> & tensors);
+
 // Names that libraries have changed over the years, as most files spell them.
 std::string usual_name(const std::string & name);
 

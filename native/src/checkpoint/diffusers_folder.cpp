@@ -19,11 +19,6 @@ constexpr const char * COMPONENTS[] = {
 
 constexpr Json::Limits CONFIG_LIMITS = {16u << 20, 1u << 19, 64};
 
-bool is_file(const std::string & path) {
-    std::error_code ignored;
-    return fs::is_regular_file(fs::u8path(path), ignored);
-}
-
 Json read_json(const std::string & path) {
     const MappedFile file(path);
     return Json::parse({reinterpret_cast<const char *>(file.data()), file.size()}, path, CONFIG_LIMITS);
@@ -70,6 +65,11 @@ std::vector<std::string> shards(const std::string & folder, const std::string & 
 bool is_folder(const std::string & path) {
     std::error_code ignored;
     return fs::is_directory(fs::u8path(path), ignored);
+}
+
+bool is_file(const std::string & path) {
+    std::error_code ignored;
+    return fs::is_regular_file(fs::u8path(path), ignored);
 }
 
 std::string path_in(const std::string & folder, const std::string & name) {

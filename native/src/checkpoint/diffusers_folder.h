@@ -9,6 +9,7 @@
 namespace sd {
 
 bool is_folder(const std::string & path);
+bool is_file(const std::string & path);
 
 // `folder` / `name`
 std::string path_in(const std::string & folder, const std::string & name);

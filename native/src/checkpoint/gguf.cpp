@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <unordered_map>
 #include <unordered_set>
 
 namespace sd {
@@ -27,7 +28,7 @@ constexpr uint64_t WIDTHS[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 // Walks over the header; every step is checked against the file's end.
 class Cursor {
   public:
-    explicit Cursor(const MappedFile & file) : file_(file) {}
+    explicit Cursor(const MappedFile & file, uint64_t at = 0) : file_(file), at_(at) {}
 
     const MappedFile & file() const { return file_; }
     uint64_t           at() const { return at_; }
@@ -101,12 +102,12 @@ class Cursor {
 
   private:
     const MappedFile & file_;
-    uint64_t           at_ = 0;
+    uint64_t           at_;
 };
 
 uint64_t width(ValueType type) { return WIDTHS[static_cast<uint32_t>(type)]; }
 
-// Tokenizers have arrays of 100,000 strings, of no use here.
+// Tokenizers have arrays of 100,000 strings; they are read where one is needed.
 void skip_array(Cursor & cursor, int depth) {
     if (depth > DEEPEST_ARRAY) {
         cursor.wrong("arrays inside arrays inside arrays");
@@ -127,6 +128,12 @@ void skip_array(Cursor & cursor, int depth) {
     }
 }
 
+double double_of_bits(uint64_t bits) {
+    double out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
 // The value in writing; nothing for arrays and for texts that are not kept.
 std::optional<std::string> read_value(Cursor & cursor, ValueType type) {
     switch (type) {
@@ -138,12 +145,7 @@ std::optional<std::string> read_value(Cursor & cursor, ValueType type) {
     case ValueType::array: skip_array(cursor, 1); return std::nullopt;
     case ValueType::boolean: return cursor.number(1) ? "true" : "false";
     case ValueType::f32: return number_text(float_of_bits(cursor.u32()));
-    case ValueType::f64: {
-        const uint64_t bits = cursor.u64();
-        double         out;
-        std::memcpy(&out, &bits, sizeof out);
-        return number_text(out);
-    }
+    case ValueType::f64: return number_text(double_of_bits(cursor.u64()));
     case ValueType::i8: return std::to_string(static_cast<int8_t>(cursor.number(1)));
     case ValueType::i16: return std::to_string(static_cast<int16_t>(cursor.number(2)));
     case ValueType::i32: return std::to_string(static_cast<int32_t>(cursor.number(4)));
@@ -154,7 +156,7 @@ std::optional<std::string> read_value(Cursor & cursor, ValueType type) {
 
 // What the metadata say about the data's alignment goes into `alignment`.
 void read_metadata(Cursor & cursor, uint64_t values, std::map<std::string, std::string> & metadata,
-                   uint64_t & alignment) {
+                   std::vector<StoredArray> & arrays, uint64_t & alignment) {
     std::unordered_set<std::string> seen;
     for (uint64_t i = 0; i < values; ++i) {
         const std::string key = cursor.name("metadata key");
@@ -162,6 +164,12 @@ void read_metadata(Cursor & cursor, uint64_t values, std::map<std::string, std::
             cursor.wrong("the metadata key '" + printable(key) + "' stands twice");
         }
         const ValueType type = cursor.type();
+        if (type == ValueType::array) {
+            Cursor         ahead = cursor;
+            const uint32_t element = ahead.u32();
+            const uint64_t n = ahead.u64();
+            arrays.push_back({&cursor.file(), key, element, n, static_cast<size_t>(ahead.at())});
+        }
         if (key == "general.alignment") {
             alignment = type == ValueType::u32 ? cursor.u32() : 0;
             if (alignment == 0 || (alignment & (alignment - 1)) != 0) {
@@ -209,6 +217,40 @@ StoredTensor read_tensor(Cursor & cursor, uint64_t alignment) {
     return tensor;
 }
 
+// ComfyUI-GGUF quantises tensors whose rows are no whole blocks as if they had other rows, and keeps their shape, the
+// slowest dimension first, in the metadata.
+void take_original_shapes(std::vector<StoredTensor> & tensors, const MappedFile & file,
+                          const std::vector<StoredArray> & arrays) {
+    constexpr std::string_view                            KEY = "comfy.gguf.orig_shape.";
+    constexpr uint64_t                                    MOST = 16; // dimensions
+    std::unordered_map<std::string, const StoredArray *> shapes;
+    for (const StoredArray & array : arrays) {
+        if (array.file == &file && array.name.compare(0, KEY.size(), KEY) == 0) {
+            shapes.emplace(array.name.substr(KEY.size()), &array);
+        }
+    }
+    for (StoredTensor & tensor : tensors) {
+        const auto found = shapes.find(tensor.name);
+        if (found == shapes.end()) {
+            continue;
+        }
+        const std::vector<double> lengths = found->second->n <= MOST ? found->second->numbers() : std::vector<double>();
+        std::vector<uint64_t>     turned;
+        for (auto length = lengths.rbegin(); length != lengths.rend(); ++length) {
+            turned.push_back(*length >= 1 && *length < 0x1p53 ? static_cast<uint64_t>(*length) : 0);
+        }
+        StoredTensor as_bytes = tensor;
+        as_bytes.type = DType::u8; // which any shape is possible for
+        if (!set_shape(as_bytes, turned) || count(as_bytes.ne) != count(tensor.ne)) {
+            fail(Status::bad_file, "%s: tensor '%s' has %s elements, but its shape is said to have been %s; the file is damaged",
+                 file.path().c_str(), printable(tensor.name).c_str(),
+                 grouped(static_cast<uint64_t>(count(tensor.ne))).c_str(), shape_text(turned).c_str());
+        }
+        tensor.dims = as_bytes.dims;
+        tensor.ne = as_bytes.ne;
+    }
+}
+
 void check_placement(const MappedFile & file, const std::vector<StoredTensor> & tensors) {
     std::vector<const StoredTensor *> order;
     for (const StoredTensor & tensor : tensors) {
@@ -248,16 +290,53 @@ void check_version(const MappedFile & file, uint32_t version) {
 
 } // namespace
 
+std::vector<std::string> StoredArray::texts() const {
+    std::vector<std::string> out;
+    Cursor                   cursor(*file, offset);
+    for (uint64_t i = 0; i < n && static_cast<ValueType>(type) == ValueType::string; ++i) {
+        out.emplace_back(cursor.string());
+    }
+    return out;
+}
+
+std::vector<double> StoredArray::numbers() const {
+    std::vector<double> out;
+    Cursor              cursor(*file, offset);
+    for (uint64_t i = 0; i < n; ++i) {
+        switch (static_cast<ValueType>(type)) {
+        case ValueType::u8: out.push_back(static_cast<double>(cursor.number(1))); break;
+        case ValueType::i8: out.push_back(static_cast<int8_t>(cursor.number(1))); break;
+        case ValueType::u16: out.push_back(static_cast<double>(cursor.number(2))); break;
+        case ValueType::i16: out.push_back(static_cast<int16_t>(cursor.number(2))); break;
+        case ValueType::u32: out.push_back(cursor.u32()); break;
+        case ValueType::i32: out.push_back(static_cast<int32_t>(cursor.u32())); break;
+        case ValueType::f32: out.push_back(static_cast<double>(float_of_bits(cursor.u32()))); break;
+        case ValueType::f64: out.push_back(double_of_bits(cursor.u64())); break;
+        default: return {};
+        }
+    }
+    return out;
+}
+
+std::string StoredArray::bytes() const {
+    const auto kind = static_cast<ValueType>(type);
+    if (kind != ValueType::u8 && kind != ValueType::i8) {
+        return "";
+    }
+    return {reinterpret_cast<const char *>(Cursor(*file, offset).take(n)), static_cast<size_t>(n)};
+}
+
 bool is_gguf(const MappedFile & file) { return file.size() >= 4 && std::memcmp(file.data(), "GGUF", 4) == 0; }
 
-std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::string, std::string> & metadata) {
+std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::string, std::string> & metadata,
+                                    std::vector<StoredArray> & arrays) {
     Cursor cursor(file);
     cursor.take(4);
     check_version(file, cursor.u32());
     const uint64_t n_tensors = cursor.count("tensors", 24);
     const uint64_t n_values = cursor.count("metadata values", 13);
     uint64_t       alignment = 32;
-    read_metadata(cursor, n_values, metadata, alignment);
+    read_metadata(cursor, n_values, metadata, arrays, alignment);
 
     std::vector<StoredTensor>       tensors;
     std::unordered_set<std::string> seen;
@@ -272,6 +351,7 @@ std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::strin
         tensor.offset += data_begin; // no overflow: its offset and bytes are below 2⁶³ together
     }
     check_placement(file, tensors);
+    take_original_shapes(tensors, file, arrays);
     return tensors;
 }
 

@@ -17,8 +17,9 @@ namespace sd {
 
 bool is_gguf(const MappedFile & file);
 
-// All tensors in the order of the header. Adds to `metadata` what is no array.
+// All tensors in the order of the header. Adds to `metadata` what is no array, to `arrays` what is.
 // Throws Error(bad_file / unsupported).
-std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::string, std::string> & metadata);
+std::vector<StoredTensor> read_gguf(const MappedFile & file, std::map<std::string, std::string> & metadata,
+                                    std::vector<StoredArray> & arrays);
 
 } // namespace sd

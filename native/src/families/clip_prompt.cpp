@@ -35,28 +35,40 @@ Tensor ClipPrompt::ends() const {
 }
 
 // The mean is kept as in stable-diffusion-webui, so that emphasis does not change the conditioning as a whole.
-void ClipPrompt::emphasise(Tensor & states, int64_t first, int64_t n) const {
-    const int64_t width = states.ne[0];
-    float *       token = states.data.data() + first;
-    for (const TokenChunk & chunk : chunks) {
-        float * const begin = token;
-        double        before = 0, after = 0;
+void emphasise(float * states, int64_t width, const TokenChunk & chunk, int64_t first, int64_t n) {
+    if (std::all_of(chunk.weights.begin(), chunk.weights.end(), [](float w) { return w == 1.0f; })) {
+        return;
+    }
+    double     before = 0, after = 0;
+    const auto for_each = [&](const auto & change) {
+        float * token = states + first;
         for (const float weight : chunk.weights) {
-            for (int64_t i = 0; i < n; ++i) {
-                before += token[i];
-                token[i] *= weight;
-                after += token[i];
-            }
+            std::for_each(token, token + n, [&](float & value) { change(value, weight); });
             token += width;
         }
-        const bool plain = std::all_of(chunk.weights.begin(), chunk.weights.end(), [](float w) { return w == 1.0f; });
-        if (plain || after == 0) {
-            continue;
-        }
-        const float back = static_cast<float>(before / after);
-        for (float * at = begin; at < token; at += width) {
-            std::transform(at, at + n, at, [&](float value) { return value * back; });
-        }
+    };
+    for_each([&](float & value, float weight) {
+        before += value;
+        value *= weight;
+        after += value;
+    });
+    const float back = after == 0 ? 1.0f : static_cast<float>(before / after);
+    for_each([&](float & value, float) { value *= back; });
+}
+
+void ClipPrompt::emphasise(Tensor & states, int64_t first, int64_t n) const {
+    const int64_t width = states.ne[0];
+    float *       at = states.data.data();
+    for (const TokenChunk & chunk : chunks) {
+        sd::emphasise(at, width, chunk, first, n);
+        at += width * static_cast<int64_t>(chunk.weights.size());
+    }
+}
+
+void check_clip_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions) {
+    if (vocabulary <= ClipBpe::end_token || positions < 77) {
+        fail(Status::unsupported, "%s: a text encoder of %lld tokens and %lld positions is not CLIP's (49408 and 77)",
+             file.path().c_str(), static_cast<long long>(vocabulary), static_cast<long long>(positions));
     }
 }
 

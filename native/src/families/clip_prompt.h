@@ -1,12 +1,17 @@
 // A prompt as CLIP's encoders read it: windows of 77 tokens, and weights for what comes out of them.
 #pragma once
 
+#include "checkpoint/checkpoint.h"
 #include "core/tensor.h"
 #include "text/clip_chunks.h"
 
 #include <vector>
 
 namespace sd {
+
+// Multiplies the features first..first+n of each token's state by the token's weight, and all of them back to the mean
+// that they had: states [width, tokens], the chunk's first.
+void emphasise(float * states, int64_t width, const TokenChunk & chunk, int64_t first, int64_t n);
 
 struct ClipPrompt {
     // Filled up with empty text to `chunks`. `pad` stands behind the end token.
@@ -16,12 +21,14 @@ struct ClipPrompt {
     Tensor ids() const;  // [77, chunks]
     Tensor ends() const; // [chunks]: each chunk's end token, counted through all of them
 
-    // Multiplies the features first..first+n of each token's state by the token's weight, and each chunk back to
-    // the mean that they had: states [width, 77, chunks].
+    // Chunk by chunk: states [width, 77, chunks].
     void emphasise(Tensor & states, int64_t first, int64_t n) const;
 
     std::vector<TokenChunk> chunks;
 };
+
+// Throws Error(unsupported) where a text encoder lacks the vocabulary or positions that these tokens need.
+void check_clip_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
 
 // How many chunks a prompt fills.
 int count_clip_chunks(const ClipBpe & bpe, const std::vector<Span> & prompt,

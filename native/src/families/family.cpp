@@ -4,10 +4,10 @@
 
 namespace sd {
 
-extern const Family sd1, sd2, sdxl;
+extern const Family sd1, sd2, sdxl, flux, sd3;
 
 const std::vector<const Family *> & families() {
-    static const std::vector<const Family *> table{&sd1, &sd2, &sdxl};
+    static const std::vector<const Family *> table{&sd1, &sd2, &sdxl, &flux, &sd3};
     return table;
 }
 

@@ -22,14 +22,27 @@ struct Defaults {
     const char * sampler;
     const char * scheduler;
     int          clip_skip;
+    float        guidance = 0; // what a network distilled for guidance is told; 0: it takes none
+    float        strength = 0.75f;
 };
 
-enum class Prediction { eps, v }; // what the denoiser's output means
+// What the denoiser's output means: the noise, v, or of a rectified flow the noise minus the clean latent.
+enum class Prediction { eps, v, flow };
+
+// What the denoiser sees beside the noisy latent, in this order.
+enum class ExtraInput {
+    none,
+    inpainting, // the mask, and the picture with grey where it is to repaint
+    pix2pix,    // the picture
+    fill,       // the picture with grey where it is to repaint, and the mask's pixels, those of a cell as channels
+    control,    // a picture of edges or depths
+};
 
 struct LatentFormat {
     int64_t channels;
     int     reduction; // pixels a cell is wide
-    float   scale;     // the denoiser's latents are the autoencoder's times this
+    float   scale;     // the denoiser's latents are the autoencoder's, less `shift`, times this
+    float   shift = 0;
 };
 
 using Prompt = std::vector<Span>;
@@ -53,8 +66,13 @@ class Pipeline {
     virtual Defaults      defaults() const = 0;
     virtual Prediction    prediction() const = 0;
     virtual LatentFormat  latent_format() const = 0;
-    virtual NoiseSchedule noise_schedule() const = 0;
+    // For latents [w, h, ...]; a `shift` above 0 replaces a flow's own.
+    virtual NoiseSchedule noise_schedule(const Shape & latent, double shift) const = 0;
     virtual int           input_channels() const = 0; // of the denoiser
+    virtual ExtraInput    extra_input() const {
+        const int64_t extra = input_channels() - latent_format().channels;
+        return extra == 0 ? ExtraInput::none : extra == latent_format().channels ? ExtraInput::pix2pix : ExtraInput::inpainting;
+    }
     virtual int           size_multiple() const = 0;  // of width and height, in pixels
     virtual int           native_size() const = 0;    // pixels of a side that the denoiser was trained at
 
@@ -74,7 +92,7 @@ class Pipeline {
     }
 
     // Graphs of the networks. Inputs: "ids" [n, chunks], of a second encoder "ids_2" and "ends" [chunks]; "latent"
-    // [w, h, C, N], "time" [N] and the conditioning; "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, and the conditioning; "image" [W, H, 3, N]; "latent" [w, h, C, N].
     // The text's outputs: "states" [width, n, chunks], and "pooled" [width, chunks] where the family has it.
     virtual void  text(Graph & g, int clip_skip) const = 0;
     virtual Value denoise(Graph & g) const = 0;

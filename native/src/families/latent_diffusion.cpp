@@ -80,13 +80,6 @@ Conditioning LatentDiffusion::encode_alone(Runner & runner, const Prompt & promp
     return {{{"text", join_chunks(std::move(states))}}, {}};
 }
 
-void LatentDiffusion::check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions) {
-    if (vocabulary <= ClipBpe::end_token || positions < 77) {
-        fail(Status::unsupported, "%s: a text encoder of %lld tokens and %lld positions is not CLIP's (49408 and 77)",
-             file.path().c_str(), static_cast<long long>(vocabulary), static_cast<long long>(positions));
-    }
-}
-
 std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::string & asked) {
     std::string name = asked;
     if (name.empty() && file.has("v_pred")) {

@@ -18,7 +18,7 @@ class LatentDiffusion : public Pipeline {
     Defaults      defaults() const override { return defaults_; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), scale_}; }
-    NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(); }
+    NoiseSchedule noise_schedule(const Shape &, double) const override { return NoiseSchedule::scaled_linear(); }
     int           input_channels() const override { return static_cast<int>(unet_.input_channels()); }
     int           size_multiple() const override { return vae_.reduction(); }
     int           native_size() const override { return native_size_; }
@@ -53,9 +53,6 @@ class LatentDiffusion : public Pipeline {
 
     // A prompt's conditioning by the only text encoder of a family.
     Conditioning encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip, int chunks) const;
-
-    // The vocabulary and positions that its tokens need.
-    static void check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
 
     // Of its text encoders.
     virtual std::vector<int64_t> text_widths() const = 0;

@@ -15,7 +15,7 @@ class StableDiffusion1 final : public LatentDiffusion {
           clip_(text_scope_, ClipConfig::read(text_scope_, true, false, "clip_l")) {
         const Checkpoint & file = weights.checkpoint();
         complete(weights, clip_.c.width, stated_prediction(file, options.prediction).value_or(Prediction::eps), 512);
-        check_tokens(file, clip_.c.vocabulary, clip_.c.positions);
+        check_clip_tokens(file, clip_.c.vocabulary, clip_.c.positions);
     }
 
     void text(Graph & g, int clip_skip) const override {

@@ -22,7 +22,7 @@ class StableDiffusion2 final : public LatentDiffusion {
         const std::optional<Prediction> stated = stated_prediction(file, options.prediction);
         const Prediction                prediction = stated ? *stated : guess_prediction(file);
         complete(weights, clip_.c.width, prediction, prediction == Prediction::v ? 768 : 512);
-        check_tokens(file, clip_.c.vocabulary, clip_.c.positions);
+        check_clip_tokens(file, clip_.c.vocabulary, clip_.c.positions);
     }
 
     // Layers are counted as in OpenCLIP's tower: 2 leaves the last one away, with which the model was trained.

@@ -31,11 +31,13 @@ class StableDiffusionXl final : public LatentDiffusion {
         complete(weights, clip_l_.c.width + clip_g_.c.width,
                  stated_prediction(file, options.prediction).value_or(Prediction::eps),
                  is_sdxl_turbo(file.path()) ? 512 : 1024);
-        check_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
-        check_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
+        check_clip_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
+        check_clip_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
     }
 
-    NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(align_your_steps_sdxl()); }
+    NoiseSchedule noise_schedule(const Shape &, double) const override {
+        return NoiseSchedule::scaled_linear(align_your_steps_sdxl());
+    }
 
     void text(Graph & g, int clip_skip) const override {
         const Value l = clip_l_(g, g.input_ids("ids"), clip_skip);

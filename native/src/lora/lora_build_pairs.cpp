@@ -36,15 +36,27 @@ void LoraBuilder::add_low_rank(const LoraGroup & group, const LoraTarget & targe
 
     LoraModule module = begin(group, target, LoraKind::low_rank);
     int64_t padded = 0;
-    module.factors["down"] =
-        read_inputs(down, form, !mid, "down", is_input_embedding(*target.weight) ? &padded : nullptr);
+    const int64_t wide = control_inputs(*target.weight);
+    if (wide > 0 && matrix_shape(down)[1] == wide) {
+        module.inputs = padded = wide;
+        module.factors["down"] = read_exactly(down, {rank, wide}, "down");
+    } else {
+        module.factors["down"] =
+            read_inputs(down, form, !mid, "down", is_input_embedding(*target.weight) ? &padded : nullptr);
+    }
     module.factors["up"] = read_exactly(up, {form.out, rank}, "up");
     if (mid) {
         module.factors["mid"] = read_exactly(need(mid, "mid"), {rank, rank, form.kh, form.kw}, "mid");
     }
     module.scale = scale(group, rank);
     add_magnitude(group, spelling.compare(0, 7, "lora_A.") == 0 ? spelling.substr(6) : "", module, padded);
-    note_padding(group, padded, form);
+    if (module.inputs > 0) {
+        warn(text("takes %lld input features, %lld of them of a picture to follow: it needs a control_image",
+                  static_cast<long long>(wide), static_cast<long long>(wide - form.in)),
+             group.stem);
+    } else {
+        note_padding(group, padded, form);
+    }
     out.push_back(std::move(module));
 }
 

@@ -240,6 +240,13 @@ std::vector<WeightSum> LoraEngine::sums(const LoraState & state, const Loras & l
         for (const Update & update : lora->updates) {
             const Weight * weight = update.target.weight;
             const double multiplier = multiplier_on(*weight, lora->path, state.images.front(), always);
+            if (multiplier != 0 && update.shape.inputs > matrix_shape(*weight).inputs) {
+                fail(Status::bad_argument,
+                     "%s: is a control LoRA, which takes %lld input features of '%s' where the model has %lld; that needs "
+                     "lora_mode 'runtime'",
+                     lora->path.c_str(), static_cast<long long>(update.shape.inputs), weight->name.c_str(),
+                     static_cast<long long>(matrix_shape(*weight).inputs));
+            }
             if (multiplier != 0) {
                 const auto [found, is_new] = at.try_emplace(weight, out.size());
                 if (is_new) {
@@ -394,6 +401,14 @@ std::vector<LoraReport> LoraEngine::reports() const {
         out.push_back(lora->report);
     }
     return out;
+}
+
+int64_t LoraEngine::control_inputs() const {
+    int64_t most = 0;
+    for (const ActiveUpdate & active : acts_ ? pack_->active() : std::vector<ActiveUpdate>()) {
+        most = std::max(most, active.update->shape.inputs - matrix_shape(*active.update->target.weight).inputs);
+    }
+    return most;
 }
 
 std::string LoraEngine::text_identity(size_t image) const {

@@ -53,6 +53,10 @@ class LoraEngine {
     // where latent i is of image i % images: [entries, 1] where all are alike, else [entries, runs].
     Tensor denoiser_strengths(int step, int steps, int64_t runs) const;
 
+    // How many input features the denoiser gets from LoRAs in force, behind its own: those of a picture that control
+    // LoRAs follow. 0 where none is in force.
+    int64_t control_inputs() const;
+
     // What the text encoders of one image are changed by: equal where conditioning may be reused.
     std::string text_identity(size_t image) const;
 

@@ -171,6 +171,8 @@ bool is_input_embedding(const Weight & weight) {
     return false;
 }
 
+int64_t control_inputs(const Weight & weight) { return ends_with(weight.name, ".img_in.weight") ? 2 * weight.ne[0] : 0; }
+
 WeightForm form_at(const LoraTarget & target) {
     WeightForm out = form_of(*target.weight);
     out.out = target.rows;

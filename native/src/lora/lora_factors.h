@@ -52,4 +52,8 @@ WeightForm matrix_form_at(const LoraTarget & target);
 // Whether this is where the model takes its input: there alone a file may have fewer inputs than the model.
 bool is_input_embedding(const Weight & weight);
 
+// The inputs that a control LoRA has in the place of this weight's own: those, and as many of the latent of a picture to
+// follow. 0 where there are no such LoRAs: FLUX alone has them.
+int64_t control_inputs(const Weight & weight);
+
 } // namespace sd

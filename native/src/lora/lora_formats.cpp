@@ -118,7 +118,7 @@ std::vector<float> take_factor(LoraModule & module, const char * role, size_t el
 Update make_update(LoraModule && module, const BaseRows & base) {
     const LoraTarget target = module.target;
     const MatrixShape whole = matrix_shape(*target.weight);
-    const MatrixShape shape{target.rows, whole.inputs, whole.taps};
+    const MatrixShape shape{target.rows, std::max(whole.inputs, module.inputs), whole.taps};
     if (target.first_row < 0 || target.rows < 1 || target.first_row + target.rows > whole.rows ||
         (target.swap_halves && target.rows % 2 != 0)) {
         fail(Status::bad_file, "%s: rows %lld to %lld do not lie within the %lld of %s", module.stem.c_str(),

@@ -53,6 +53,9 @@ struct LoraModule {
     std::optional<Factor> magnitude; // flattened
     bool                  magnitude_of_columns = false;
 
+    // low_rank: the columns of down where they are more than the weight's inputs, as control LoRAs' are; 0: as many.
+    int64_t inputs = 0;
+
     std::optional<double> constraint; // oft, boft: the limit on the norm of all of its blocks together
 
     // oft_input: terms of the series that PEFT takes for the Cayley transform, (I + Q)(I - Q)^-1. 0: PEFT's other

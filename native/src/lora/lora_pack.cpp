@@ -105,12 +105,13 @@ void LoraPack::declare_pair(const Weight & weight, const Members & members, Adap
     if (members.empty()) {
         return;
     }
-    const MatrixShape shape = matrix_shape(weight);
+    MatrixShape shape = matrix_shape(weight);
     int64_t rank = 0;
     adapter.strengths = adapters_.entries;
     std::vector<const Update *> updates;
     for (const size_t member : members) {
         updates.push_back(active_[member].update);
+        shape.inputs = std::max(shape.inputs, updates.back()->shape.inputs); // control LoRAs take more
         rank += updates.back()->rank;
         add_entries(member, updates.back()->rank);
     }
@@ -126,9 +127,11 @@ void LoraPack::declare_pair(const Weight & weight, const Members & members, Adap
                                  const auto at = static_cast<int64_t>(i);
                                  to[at % shape.inputs * rank + first + at / shape.inputs] = update->down[i];
                              }
-                             if (!is_table) {
-                                 std::copy(update->down.begin(), update->down.end(),
-                                           to + first * shape.columns());
+                             const int64_t columns = update->shape.columns();
+                             for (int64_t row = 0; !is_table && row < update->rank; ++row) {
+                                 float * at = to + (first + row) * shape.columns();
+                                 std::copy_n(update->down.data() + row * columns, columns, at);
+                                 std::fill(at + columns, at + shape.columns(), 0.0f);
                              }
                              first += update->rank;
                          }

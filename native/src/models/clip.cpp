@@ -101,7 +101,7 @@ Value ClipText::operator()(Graph & g, Value ids, int skip, const std::string & s
     }
     Value x = tokens_(g, ids);
     if (g.has_input("learned" + suffix)) {
-        x = g.replace_tokens(x, g.input("keep" + suffix), g.input("learned" + suffix));
+        x = g.add(g.mul(x, g.input("keep" + suffix)), g.input("learned" + suffix));
     }
     x = g.add(x, g.embedding(positions_, g.constant_ids(std::move(order))));
     return run(g, x, 0, c.layers - skip + 1);

@@ -33,8 +33,10 @@ Vae::Vae(const Scope & here) {
     groups_ = static_cast<int>(std::clamp<int64_t>(base_ / 4, 1, 32));
     declare_encoder(here.at("encoder"));
     declare_decoder(here.at("decoder"));
-    quant_ = {here.at("quant_conv"), 2 * latent_channels_, 2 * latent_channels_, 1};
-    post_quant_ = {here.at("post_quant_conv"), latent_channels_, latent_channels_, 1};
+    if (here.at("quant_conv").has() || here.at("post_quant_conv").has()) {
+        quant_ = {here.at("quant_conv"), 2 * latent_channels_, 2 * latent_channels_, 1};
+        post_quant_ = {here.at("post_quant_conv"), latent_channels_, latent_channels_, 1};
+    }
 }
 
 void Vae::declare_encoder(const Scope & here) {
@@ -106,11 +108,13 @@ Value Vae::encode(Graph & g, Value image) const {
         }
     }
     x = (*encoder_middle_)(g, x);
-    return g.planes((*quant_)(g, (*encoder_out_)(g, g.silu((*encoder_norm_)(g, x)))));
+    x = (*encoder_out_)(g, g.silu((*encoder_norm_)(g, x)));
+    return g.planes(quant_ ? (*quant_)(g, x) : x);
 }
 
 Value Vae::decode(Graph & g, Value latent) const {
-    Value x = (*decoder_in_)(g, (*post_quant_)(g, g.picture(latent)));
+    Value x = g.picture(latent);
+    x = (*decoder_in_)(g, post_quant_ ? (*post_quant_)(g, x) : x);
     x = (*decoder_middle_)(g, x);
     for (const VaeLevel & level : decoder_) {
         for (const VaeResBlock & block : level.blocks) {

@@ -79,7 +79,7 @@ class Vae {
     std::optional<GroupNorm> encoder_norm_, decoder_norm_;
     std::optional<VaeMiddle> encoder_middle_, decoder_middle_;
     std::vector<VaeLevel>    encoder_, decoder_; // in the order of the computation
-    std::optional<Conv2d>    quant_, post_quant_;
+    std::optional<Conv2d>    quant_, post_quant_; // SD 1.x to XL have these, SD3 and FLUX not
 };
 
 } // namespace sd

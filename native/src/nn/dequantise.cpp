@@ -20,7 +20,11 @@ void dequantise(const StoredTensor & stored, float * to) {
         fail(Status::unsupported, "%s: tensor '%s' is of type %s, which cannot be turned into floats",
              stored.file->path().c_str(), stored.name.c_str(), dtype_name(stored.type));
     }
-    dequantise(stored.type, stored.data(), to, count(stored.ne));
+    const int64_t n = count(stored.ne);
+    dequantise(stored.type, stored.data(), to, n);
+    for (int64_t i = 0; stored.scale != 1 && i < n; ++i) {
+        to[i] *= stored.scale;
+    }
 }
 
 } // namespace sd

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace sd {
 
@@ -103,6 +104,17 @@ Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
     return bias ? ggml_add(ctx_, y, over_tokens(vector(bias), y)) : y;
 }
 
+// ggml rounds x to f16 where the weight is f16, and to infinity beyond that: rows go in with a root mean square of 1 and
+// come out by that much larger. Our own kernels keep the range of f32.
+Value Graph::linear_of_large(const Weight * weight, Value x) {
+    if (kernels_ && Product::can(weight->tensor)) {
+        return linear(weight, nullptr, x);
+    }
+    Value size = ggml_sqrt(ctx_, ggml_mean(ctx_, ggml_sqr(ctx_, x))); // [1, T, N]
+    Value y = linear(weight, nullptr, ggml_rms_norm(ctx_, x, std::numeric_limits<float>::min()));
+    return ggml_mul(ctx_, y, size);
+}
+
 Value Graph::plain_conv2d(ggml_tensor * kernel, Value x, int stride, int pad) {
     // The direct form gathers a few rows at a time; the other writes the gathered picture, nine times the size
     // of x, but is the one that every device knows.
@@ -183,9 +195,7 @@ Value Graph::geglu(Value x) {
 
 Value Graph::add(Value x, Value y) { return kernels_ ? kernels_->add(x, y) : ggml_add(ctx_, x, y); }
 
-Value Graph::replace_tokens(Value x, Value keep, Value others) {
-    return ggml_add(ctx_, ggml_mul(ctx_, x, keep), others);
-}
+Value Graph::mul(Value x, Value y) { return ggml_mul(ctx_, x, y); }
 
 Value Graph::add_to_channels(Value x, Value y) {
     if (kernels_) {
@@ -207,9 +217,13 @@ Value Graph::attention_block(Value q, Value k, Value v, float scale, Value mask)
 }
 
 Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(q->ne[0] / heads));
+    return attention_scaled(q, k, v, heads, scale, mask);
+}
+
+Value Graph::attention_scaled(Value q, Value k, Value v, int64_t heads, float scale, Value mask) {
     const int64_t width = q->ne[0], size = width / heads, images = q->ne[2];
-    const float   scale = 1.0f / std::sqrt(static_cast<float>(size));
-    if (kernels_) {
+    if (kernels_ && (!mask || mask->ne[3] == 1)) {
         return kernels_->attention(q, k, v, heads, scale, mask);
     }
     const auto    apart = [&](Value x, int64_t first_head, int64_t n_heads, int64_t first_image, int64_t n_images) {
@@ -224,9 +238,17 @@ Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
         return ggml_reshape_3d(ctx_, out, width, q->ne[1], images);
     }
 
+    const auto mask_of = [&](int64_t head, int64_t n_heads, int64_t image, int64_t n_images) {
+        const bool by_image = mask && mask->ne[3] > 1;
+        if (!mask || mask->ne[2] == 1 || (n_heads == heads && (!by_image || n_images == images))) {
+            return mask;
+        }
+        return ggml_cont(ctx_, ggml_view_4d(ctx_, mask, mask->ne[0], mask->ne[1], n_heads, by_image ? n_images : 1, mask->nb[1],
+                                            mask->nb[2], mask->nb[3], head * mask->nb[2] + (by_image ? image * mask->nb[3] : 0)));
+    };
     const auto block = [&](int64_t head, int64_t n_heads, int64_t image, int64_t n_images) {
         return attention_block(apart(q, head, n_heads, image, n_images), apart(k, head, n_heads, image, n_images),
-                               apart(v, head, n_heads, image, n_images), scale, mask);
+                               apart(v, head, n_heads, image, n_images), scale, mask_of(head, n_heads, image, n_images));
     };
 
     const int64_t one_head = q->ne[1] * k->ne[1] * static_cast<int64_t>(sizeof(float));
@@ -245,6 +267,17 @@ Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
         }
     }
     return ggml_reshape_3d(ctx_, out, width, q->ne[1], images);
+}
+
+Value Graph::mask_by_head(Value bias, Value seen) {
+    Value mask = ggml_cont(ctx_, ggml_permute(ctx_, bias, 2, 0, 1, 3)); // [Tk, Tq, heads]
+    if (!seen) {
+        return mask;
+    }
+    // Scores are of the size of a network's activations: 1e9 is out of sight of all others, and 0 where seen.
+    const int64_t n = seen->ne[0], images = seen->ne[1];
+    Value         hidden = ggml_reshape_4d(ctx_, ggml_scale_bias(ctx_, seen, 1e9f, -1e9f), n, 1, 1, images);
+    return ggml_add(ctx_, ggml_repeat_4d(ctx_, mask, n, mask->ne[1], mask->ne[2], images), hidden);
 }
 
 // ---- layout --------------------------------------------------------------------------------------------

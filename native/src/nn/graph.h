@@ -50,6 +50,7 @@ class Graph {
 
     // Products with weights; an adapter on a weight acts here, see adapted.cpp.
     Value linear(const Weight * weight, const Weight * bias, Value x);                      // [in, T, N] -> [out, T, N]
+    Value linear_of_large(const Weight * weight, Value x); // the same for x beyond 65504, the largest number in half precision
     Value conv2d(const Weight * kernel, const Weight * bias, Value x, int stride, int pad); // [W, H, in, N] -> [W', H', out, N]
     Value embedding(const Weight * table, Value ids);                                       // [n, N] -> [width, n, N]
 
@@ -63,12 +64,16 @@ class Graph {
 
     Value add(Value x, Value y);          // y may be broadcast over trailing dimensions
     Value add_to_channels(Value x, Value y); // [W, H, C, N] + [C, N]
-    // Tokens [C, T, N] times 1 where they stay and times 0 where others stand for them: keep [1, T, N], others [C, T, N].
-    Value replace_tokens(Value x, Value keep, Value others);
+    Value mul(Value x, Value y);          // y may be broadcast over trailing dimensions
 
     // softmax(q k^T / sqrt(head size)) v, heads side by side: [C, Tq, N], [C, Tk, N] twice -> [C, Tq, N].
-    // `mask` is added to the scores: [Tk, Tq], or null.
+    // `mask` is added to the scores: [Tk, Tq], or [Tk, Tq, heads, 1 or N] where heads differ, or null.
     Value attention(Value q, Value k, Value v, int64_t heads, Value mask = nullptr);
+    // The same with another factor than 1 / sqrt(head size).
+    Value attention_scaled(Value q, Value k, Value v, int64_t heads, float scale, Value mask = nullptr);
+    // What heads add to their scores by the distance of tokens, [heads, Tk, Tq], as a mask: [Tk, Tq, heads]; with
+    // `seen` [Tk, N], 1 or 0, nothing looks at tokens that are 0: [Tk, Tq, heads, N].
+    Value mask_by_head(Value bias, Value seen = nullptr);
 
     // A picture as the host has it, plane by plane [W, H, C, N], in the layout in which pictures lie in this graph, and
     // back. Between the two nothing but the operations of this class may look inside a picture.
@@ -89,6 +94,26 @@ class Graph {
 
     // Sinusoidal features of timesteps, cosines first: [N] -> [width, N].
     Value timestep_embedding(Value timesteps, int64_t width);
+
+    // Diffusion transformers, see graph_transformer.cpp. Tokens are [C, T, N], tokens by heads [size, heads, T, N].
+    Value gelu_tanh(Value x);                                   // by the tanh formula, but without ggml's table
+    Value scaled(Value x, float factor);
+    Value normalise(Value x, float eps);                        // each token to mean 0 and variance 1
+    Value rms_norm(const Weight * weight, Value x, float eps);  // each run of the first dimension
+    Value chunk(Value vectors, int64_t index, int64_t width);   // [n * width, N] -> the index-th [width, 1, N]
+    Value modulate(Value x, Value shift, Value scale);          // x (1 + scale) + shift; those are [C, 1, N]
+    Value add_gated(Value x, Value y, Value gate);              // x + gate y
+    Value by_heads(Value x, int64_t heads);                     // [C, T, N] -> [C / heads, heads, T, N], a view
+    Value side_by_side(Value x);                                // its inverse
+    Value token_range(Value x, int64_t first, int64_t n);       // [C, T, N] -> [C, n, N], a view
+    Value concat(Value x, Value y, int dimension);
+    // Turns pairs of neighbours by angles position / period (Su et al., 2021): x [size, heads, T, N], positions
+    // [T] whole numbers, periods [size / 2].
+    Value rope(Value x, Value positions, Value periods);
+    // Squares of 2 x 2 cells as tokens: [W, H, C, N] -> [4 C, W/2 H/2, N], channels outermost; and its inverse, also
+    // for channels innermost.
+    Value patches(Value x);
+    Value from_patches(Value x, int64_t width, int64_t height, bool channels_first);
 
     static Shape shape(Value value);
 
@@ -122,6 +147,7 @@ class Graph {
     Value           multiply(ggml_tensor * weight, Value x);
     Value           multiply(ggml_tensor * kernel, Value x, int stride, int pad);
     Value           plain_conv2d(ggml_tensor * kernel, Value x, int stride, int pad);
+    Value           own_inputs(const Adapter * adapted, const Weight * weight, Value x);
     bool            low_rank_at_most(const Adapter * adapter) const;
     Value           fused(const Adapter * adapter, const Weight * weight, const Weight * bias, Value x, int stride, int pad);
     Value           kronecker(Value a, Value b, Value x, Value like);

@@ -96,10 +96,23 @@ bool Graph::low_rank_at_most(const Adapter * adapter) const {
                         adapter->dense.empty());
 }
 
+// What a weight itself reads of x, where adapters read more behind it: the latent of a picture that control LoRAs follow.
+Value Graph::own_inputs(const Adapter * adapted, const Weight * weight, Value x) {
+    const int64_t inputs = weight->ne[0], wide = adapted && adapted->down ? adapted->down->ne[0] : inputs;
+    if (wide <= inputs || weight->ne[2] * weight->ne[3] > 1) {
+        return x;
+    }
+    if (x->ne[0] != wide) {
+        fail(Status::bad_argument, "%lld input features for '%s', where a control LoRA takes %lld: it needs a control_image",
+             static_cast<long long>(x->ne[0]), weight->name.c_str(), static_cast<long long>(wide));
+    }
+    return ggml_cont(ctx_, part(x, 0, inputs));
+}
+
 // A product and all that low-rank adapters add to it, in one node.
 Value Graph::fused(const Adapter * adapted, const Weight * weight, const Weight * bias, Value x, int stride, int pad) {
     ProductParts parts;
-    parts.terms.push_back({weight->tensor, x, stride, pad});
+    parts.terms.push_back({weight->tensor, own_inputs(adapted, weight, x), stride, pad});
     if (adapted) {
         ProductParts inner;
         inner.terms.push_back({adapted->down, x, stride, pad});
@@ -128,6 +141,8 @@ Value Graph::kronecker(Value a, Value b, Value x, Value like) {
 
 Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Value x) {
     x = ggml_is_contiguous(x) ? x : ggml_cont(ctx_, x);
+    const Value whole = x;
+    x = own_inputs(&adapter, weight, x);
     const auto factor = [&](const Adapter::Vectors & vectors, Value of) { // 1 + sum
         return over_tokens(ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f),
                            of);
@@ -143,7 +158,7 @@ Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Valu
         y = multiply(weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
     }
     if (adapter.up) {
-        Value inner = multiply(adapter.down, x); // [R, T, N]
+        Value inner = multiply(adapter.down, whole); // [R, T, N]
         inner = ggml_mul(ctx_, inner, token_strengths(adapter.strengths, inner->ne[0], inner));
         y = ggml_add(ctx_, y, multiply(adapter.up, inner));
     }

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 namespace sd {
 
@@ -31,9 +32,16 @@ struct WeightStore::Rewrites {
 
 namespace {
 
-// Any type's elements as floats, whole blocks of them.
+// Any type's elements as floats. Rows of a tensor that was quantised in another shape need not be whole blocks.
 void to_floats(DType type, const uint8_t * bytes, int64_t first, int64_t n, float * to) {
     const DTypeInfo & info = *dtype_info(static_cast<int32_t>(type));
+    if (first % info.block != 0 || n % info.block != 0) {
+        const int64_t begin = first / info.block * info.block;
+        std::vector<float> blocks(static_cast<size_t>((first + n - begin + info.block - 1) / info.block * info.block));
+        to_floats(type, bytes, begin, static_cast<int64_t>(blocks.size()), blocks.data());
+        std::copy_n(blocks.begin() + (first - begin), n, to);
+        return;
+    }
     bytes += static_cast<size_t>(first / info.block) * info.block_bytes;
     if (info.block > 1) {
         const auto to_float = ggml_get_type_traits(static_cast<ggml_type>(type))->to_float;
@@ -44,6 +52,12 @@ void to_floats(DType type, const uint8_t * bytes, int64_t first, int64_t n, floa
         to_float(bytes, to, n);
     } else {
         to_f32(type, bytes, to, static_cast<size_t>(n));
+    }
+}
+
+void scale_by(float scale, float * values, int64_t n) {
+    if (scale != 1) {
+        std::for_each(values, values + n, [scale](float & value) { value *= scale; });
     }
 }
 
@@ -69,12 +83,12 @@ size_t WeightStore::Piece::bytes() const {
 std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const {
     std::vector<Piece> out;
     if (weight.pieces.empty()) {
-        out.push_back({weight.stored->type, weight.stored->data(), count(weight.ne)});
+        out.push_back({weight.stored->type, weight.stored->data(), count(weight.ne), weight.stored->scale});
     }
     const int64_t row = weight.ne[1] == 1 ? 1 : weight.ne[0];
     for (const StoredRows & piece : weight.pieces) {
-        const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row};
-        out.push_back({before.type, before.data + before.bytes(), piece.rows * row});
+        const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row, piece.tensor->scale};
+        out.push_back({before.type, before.data + before.bytes(), piece.rows * row, before.scale});
     }
     return out;
 }
@@ -86,7 +100,8 @@ void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, flo
         for (int64_t i = first; i < first + n; ++i) {
             const int64_t row = i / weight.ne[0], column = i % weight.ne[0];
             const int64_t there = column * weight.ne[1] + row;
-            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to++, 1);
+            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to, 1);
+            *to++ *= from[0].scale;
         }
         return;
     }
@@ -94,6 +109,7 @@ void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, flo
         if (first < piece.elements && n > 0) {
             const int64_t here = std::min(n, piece.elements - first);
             to_floats(piece.type, piece.data, first, here, to);
+            scale_by(piece.scale, to, here);
             to += here;
             n -= here;
         }

@@ -63,7 +63,8 @@ ggml_type resident_type(const Weight & weight) {
     if (type == DType::f64 || vector || mixed || (weight.wide && half) || (kernel && !half)) {
         return GGML_TYPE_F32;
     }
-    return half ? GGML_TYPE_F16 : static_cast<ggml_type>(type);
+    const bool ragged = weight.ne[0] % dtype_info(static_cast<int32_t>(type))->block != 0; // rows are no whole blocks
+    return half || ragged ? GGML_TYPE_F16 : static_cast<ggml_type>(type);
 }
 
 bool is_weight_type(DType type) {
@@ -168,7 +169,9 @@ bool WeightStore::takes(Weight & weight, const StoredTensor & stored, Shape ne) 
                                   shape_text(stored.ne).c_str(), shape_text(ne).c_str()));
         return false;
     }
-    if (!is_weight_type(stored.type) || (weight.transposed && is_quantised(stored.type))) {
+    const bool ragged = stored.ne[0] % dtype_info(static_cast<int32_t>(stored.type))->block != 0;
+    if (!is_weight_type(stored.type) || (weight.transposed && is_quantised(stored.type)) ||
+        (ragged && !weight.parts.empty())) {
         misshapen_.push_back(text("%s is of type %s, which holds no weights", stored.name.c_str(),
                                   dtype_name(stored.type)));
         return false;

@@ -152,6 +152,7 @@ class WeightStore {
         DType           type;
         const uint8_t * data;
         int64_t         elements;
+        float           scale;
         size_t          bytes() const;
     };
     std::vector<Piece> pieces(const Weight & weight) const;

@@ -99,6 +99,11 @@ void sample(const std::string & sampler, const SamplerRun & run, std::vector<flo
     row.method(solver);
 }
 
+bool adds_noise(const std::string & sampler, float eta) {
+    const Sampler & row = find_named("sampler", samplers, sampler);
+    return row.method == lcm || (row.takes_eta && eta >= 0 ? eta : row.eta) > 0;
+}
+
 const std::vector<std::string> & sampler_names() {
     static const std::vector<std::string> names = names_of(samplers);
     return names;

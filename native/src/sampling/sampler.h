@@ -32,6 +32,10 @@ struct SamplerRun {
 // batch is the same alone. Throws Error(bad_argument) for an unknown name, or sigmas or eta without sense.
 void sample(const std::string & sampler, const SamplerRun & run, std::vector<float> & x);
 
+// Whether the sampler adds fresh noise with this eta, which takes x for x0 + sigma * noise. The others solve
+// dx/dsigma = (x - D) / sigma, which holds for rectified flows as well. Throws Error(bad_argument) for an unknown name.
+bool adds_noise(const std::string & sampler, float eta);
+
 // The names, the first being the default.
 const std::vector<std::string> & sampler_names();
 

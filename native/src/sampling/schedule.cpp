@@ -38,7 +38,26 @@ NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned) {
     return schedule;
 }
 
+NoiseSchedule NoiseSchedule::flow(double shift) {
+    constexpr int levels = 1000;
+
+    NoiseSchedule schedule;
+    schedule.shift_ = shift;
+    for (int t = 0; t < levels; ++t) {
+        schedule.sigmas_.push_back(schedule.sigma(t));
+    }
+    return schedule;
+}
+
+double dynamic_shift(double squares) {
+    return std::exp(0.5 + (1.15 - 0.5) * (squares - 256) / (4096 - 256));
+}
+
 float NoiseSchedule::sigma(double timestep) const {
+    if (is_flow()) {
+        const double t = std::clamp((timestep + 1) / 1000, 0.0, 1.0);
+        return static_cast<float>(shift_ * t / (1 + (shift_ - 1) * t));
+    }
     const double last = static_cast<double>(sigmas_.size() - 1);
     if (!(timestep > 0)) {
         return sigmas_.front();
@@ -52,6 +71,9 @@ float NoiseSchedule::sigma(double timestep) const {
 }
 
 float NoiseSchedule::timestep(double sigma) const {
+    if (is_flow()) {
+        return static_cast<float>(1000 * sigma);
+    }
     if (!(sigma > sigmas_.front())) {
         return 0;
     }
@@ -88,7 +110,7 @@ void check_has_levels(const char * scheduler, const NoiseSchedule & trained, int
 std::vector<float> normal(const NoiseSchedule & trained, int steps) {
     std::vector<float> sigmas;
     for (int k = 0; k < steps; ++k) {
-        sigmas.push_back(trained.sigma(spaced(last_timestep(trained), 0, k, steps)));
+        sigmas.push_back(trained.sigma(spaced(last_timestep(trained), trained.first_timestep(), k, steps)));
     }
     return sigmas;
 }
@@ -122,8 +144,16 @@ std::vector<float> sgm_uniform(const NoiseSchedule & trained, int steps) {
     return sigmas;
 }
 
-// Every (levels / steps)-th level from the top, as in ComfyUI; diffusers' "trailing" where that is whole.
+// Every (levels / steps)-th level from the top, as in ComfyUI; diffusers' "trailing" where that is whole. A flow has
+// the levels between as well: these are the ones of diffusers' pipeline for FLUX.
 std::vector<float> simple(const NoiseSchedule & trained, int steps) {
+    if (trained.is_flow()) {
+        std::vector<float> sigmas;
+        for (int k = 0; k < steps; ++k) {
+            sigmas.push_back(trained.sigma(1000.0 * (steps - k) / steps - 1));
+        }
+        return sigmas;
+    }
     check_has_levels("simple", trained, steps);
     const double       stride = static_cast<double>(trained.sigmas().size()) / steps;
     std::vector<float> sigmas;

@@ -11,25 +11,42 @@ namespace sd {
 const std::vector<float> & align_your_steps_sd1();  // [11]
 const std::vector<float> & align_your_steps_sdxl(); // [11]
 
-// The noise levels that a network was trained on, ascending by timestep:
-// sigma = sqrt((1 - alpha_bar) / alpha_bar).
+// The noise levels that a network was trained on, ascending by timestep. A noisy latent is either the clean one plus
+// sigma times noise, sigma = sqrt((1 - alpha_bar) / alpha_bar); or, of a rectified flow, (1 - sigma) times the clean
+// one plus sigma times noise, sigma up to 1.
 class NoiseSchedule {
   public:
     // The "scaled linear" betas of Stable Diffusion 1.x, 2.x and XL: 0.00085 to 0.012 in 1,000 steps, linear
     // in sqrt(beta). `aligned` are the family's levels for scheduler "ays"; empty where none are published.
     static NoiseSchedule scaled_linear(const std::vector<float> & aligned = align_your_steps_sd1());
 
+    // A rectified flow, whose 1,000 levels t/1000 are shifted to s t / (1 + (s - 1) t) (Esser et al., 2024, "Scaling
+    // Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23).
+    static NoiseSchedule flow(double shift);
+
+    bool is_flow() const { return shift_ > 0; }
+
     const std::vector<float> & sigmas() const { return sigmas_; }   // [1000], by timestep
     const std::vector<float> & aligned() const { return aligned_; } // [11] or empty, descending
 
-    // Between timesteps linear in log(sigma), as k-diffusion; the ends hold for whatever lies beyond them.
+    // Between timesteps linear in log(sigma), as k-diffusion; the ends hold for whatever lies beyond them. Of a flow
+    // the shift of (timestep + 1) / 1000.
     float sigma(double timestep) const;
-    float timestep(double sigma) const; // its inverse
+    // By what the network is told of a level: the inverse of sigma(); of a flow 1000 sigma.
+    float timestep(double sigma) const;
+    // Where evenly spaced timesteps end: 0; of a flow, as diffusers and ComfyUI have it, where sigma() shifts the
+    // lowest level a second time.
+    double first_timestep() const { return is_flow() ? 1000.0 * sigmas_.front() - 1 : 0; }
 
   private:
     std::vector<float>  sigmas_, aligned_;
     std::vector<double> log_sigmas_;
+    double              shift_ = 0; // of a flow
 };
+
+// The shift of a flow that FLUX grows with the number of squares of 2 x 2 cells: its logarithm is linear, 0.5 at 256
+// and 1.15 at 4096 (https://github.com/black-forest-labs/flux, src/flux/sampling.py, get_schedule).
+double dynamic_shift(double squares);
 
 // `steps` noise levels, strictly descending, and a last 0. Throws Error(bad_argument) for an unknown name or
 // more steps than the scheduler has levels, Error(unsupported) where the model has no such schedule.

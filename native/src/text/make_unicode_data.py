@@ -2,14 +2,16 @@
 
 Needs `pip install unicodedata2==16.0.0 tokenizers`. Classes and normal forms are those of Unicode 16.0. Lower
 case is asked of `tokenizers`, whose ids ours must equal: it maps each character by itself, and a final sigma
-stays one.
+stays one. So are clusters: its normalisation of T5 takes a cluster of at most five bytes for its first character
+where it knows that.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import unicodedata2 as unicode
-from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Lowercase, Precompiled
 
 CHARACTERS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 HANGUL = range(0xAC00, 0xD7A4)  # composed by rule
@@ -59,6 +61,27 @@ def decompositions() -> Iterator[tuple[int, int, int]]:
         yield ord(c) | (again << 31), first, second
 
 
+def t5_normalizer() -> Precompiled:
+    """The table of normalisation in T5's vocabulary: bytes with their length, a varint, behind its name."""
+    model = (Path(__file__).parents[3] / "sdcpp_py" / "data" / "t5_spiece.model").read_bytes()
+    name = b"nmt_nfkc\x12"
+    at, size, shift = model.index(name) + len(name), 0, 0
+    while True:
+        size |= (model[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if model[at - 1] < 0x80:
+            return Precompiled(model[at : at + size])
+
+
+def clusters() -> Iterator[tuple[str, dict[int, int]]]:
+    """What joins its neighbours: superscript two becomes a plain one, with a mark in its cluster loses the mark."""
+    normal, mark = t5_normalizer().normalize_str, "\u0316"  # of no character's normal form but its own
+    yield "joins_previous", {ord(c): 0 for c in CHARACTERS if ord(c) > 0x7F and mark in normal("\u00b2" + mark + c)}
+    yield "joins_next", {ord(c): 0 for c in CHARACTERS if ord(c) > 0x7F and mark in normal(c + "\u00b2" + mark)[1:]}
+    changed = [c for c in CHARACTERS if len(c.encode()) < 4 and normal(c) != c]
+    yield "stands_alone", {ord(c): 0 for c in changed if mark in normal(c + mark)}
+
+
 def table(kind: str, name: str, rows: Iterable[tuple[int, ...]]) -> None:
     print(f"inline constexpr {kind} {name}[] = {{")
     line = "   "
@@ -93,6 +116,8 @@ def main() -> None:
     assert all(a[1] < b[0] for a, b in pairwise(runs)), "runs overlap, and are looked up by halving"
     table("LowerRun", "lower", runs)
     table("Decomposition", "decompositions", decompositions())
+    for name, characters in clusters():
+        table("Range", name, [row[:2] for row in ranges(characters)])
     print("} // namespace sd::unicode_data")
 
 

@@ -124,6 +124,10 @@ bool is_letter(char32_t c) {
     return c < 0x80 ? (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') : find(letters, c) != nullptr;
 }
 
+bool joins_previous(char32_t character) { return find(unicode_data::joins_previous, character) != nullptr; }
+bool joins_next(char32_t character) { return find(unicode_data::joins_next, character) != nullptr; }
+bool stands_alone(char32_t character) { return find(unicode_data::stands_alone, character) != nullptr; }
+
 bool is_number(char32_t c) { return c < 0x80 ? c >= '0' && c <= '9' : find(numbers, c) != nullptr; }
 
 std::u32string normal_form_c(std::u32string text) {
