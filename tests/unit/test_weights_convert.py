@@ -346,6 +346,23 @@ def test_whole_numbers_stay_whatever_the_rules_say(tmp_path: Path) -> None:
         assert file.get_slice("w").get_dtype() == "BF16"
 
 
+def test_8_bit_floats_with_a_scale_of_their_own(tmp_path: Path) -> None:
+    """As ComfyUI writes them: the numbers are multiplied, and the scale is no tensor of its own any more."""
+    values = normal(4, 64) * np.float32(100)
+    raw = as_type(values, "f8_e4m3").reshape(values.shape)
+    header = {
+        "w.weight": {"dtype": "F8_E4M3", "shape": [4, 64], "data_offsets": [0, 256]},
+        "w.scale_weight": {"dtype": "F32", "shape": [], "data_offsets": [256, 260]},
+    }
+    text = json.dumps(header).encode()
+    scale = np.float32(0.003)
+    whole = len(text).to_bytes(8, "little") + text + raw.tobytes() + scale.tobytes()
+    (tmp_path / "a.safetensors").write_bytes(whole)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", type="f32")
+    want = floats(raw.reshape(-1), "f8_e4m3", values.shape) * scale
+    np.testing.assert_array_equal(load_file(tmp_path / "b.safetensors")["w.weight"], want)
+
+
 # ---- names ---------------------------------------------------------------------------------------------
 
 
