@@ -9,6 +9,7 @@ from typing import Any, TypedDict, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Buffer
 
 _Spans = Sequence[tuple[str | None, float]]  # without text: a BREAK
 
@@ -64,6 +65,27 @@ class _Weight(TypedDict):
     file_type: str
     shape: tuple[int, ...]
 
+class _Type(TypedDict):
+    name: str
+    number: int
+    block: int
+    block_bytes: int
+    can_read: bool
+    can_write: bool
+    wants_importance: bool
+
+class _Declared(TypedDict):
+    name: str
+    diffusers_name: str
+    shape: tuple[int, ...]
+    first_row: int
+    rows: int
+    swap_halves: bool
+    table: bool
+
+# name, type, shape, dims, path, offset, bytes, scale
+_Stored = tuple[str, str, tuple[int, ...], int, bytes, int, int, float]
+
 @final
 class Preview:
     def __call__(self, image: int = 0) -> NDArray[np.uint8]: ...
@@ -92,6 +114,9 @@ class Context:
     def defaults(self) -> _Defaults: ...
     def fingerprint(self) -> str: ...
     def count_tokens(self, text: str) -> int: ...
+    def collect_importance(self, on: bool) -> None: ...
+    def importance(self) -> dict[str, tuple[NDArray[np.float64], int]]: ...
+    def learn_words(self, words: Sequence[tuple[str, Sequence[NDArray[np.float32]]]]) -> None: ...
     def generate(
         self,
         *,
@@ -134,8 +159,26 @@ def families() -> list[str]: ...
 def devices() -> list[_Device]: ...
 def add_rpc_devices(endpoint: str) -> None: ...
 
+# Weights in files.
+def types() -> list[_Type]: ...
+def convert_rows(
+    from_type: str,
+    data: Buffer,
+    to_type: str,
+    rows: int,
+    row_length: int,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]: ...
+def list_tensors(
+    model: str | bytes, components: Mapping[str, str | bytes] = ...
+) -> tuple[list[_Stored], dict[str, str]]: ...
+def list_weights(
+    model: str | bytes, *, components: Mapping[str, str | bytes] = ..., data_dir: str | bytes
+) -> tuple[str, list[_Declared]]: ...
+
 # For tests and tools; free to change.
 def probe_run(context: Context, network: str, **arrays: ArrayLike) -> NDArray[np.float32]: ...
+def probe_text(context: Context, text: str) -> NDArray[np.float32]: ...
 def probe_latent(context: Context) -> NDArray[np.float32]: ...
 def probe_weights(context: Context) -> list[_Weight]: ...
 def probe_profile(context: Context, on: bool) -> None: ...

@@ -1,26 +1,23 @@
-"""The command line: sdcpp generate, info, bench, doctor.
+"""The command line: sdcpp generate, lora, info, bench, doctor; convert and quality are in cli_weights.py.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
 
 import contextlib
 import itertools
-import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from . import __version__, _native, bench, doctor, files
+from . import __version__, _native, bench, cli_weights, doctor, files
+from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
 from .context import SDContext
-from .errors import BadArgument, BadFile, Io, SdcppError, Unsupported
+from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
 
 app = typer.Typer(
@@ -32,7 +29,7 @@ app = typer.Typer(
 )
 lora_app = typer.Typer(no_args_is_help=True)
 app.add_typer(lora_app, name="lora", help="Look into LoRA files.")
-console = Console(stderr=True)
+cli_weights.add_to(app)
 
 
 def main() -> None:
@@ -110,6 +107,7 @@ def generate(
     ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
+    embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
@@ -117,8 +115,8 @@ def generate(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
 ) -> None:
     """Paint a picture, or several."""
-    _log(verbose)
-    with _one_sentence():
+    set_up_log(verbose)
+    with one_sentence():
         told = Parameters() if like is None else parse_parameters(read_parameters(like))
         if prompt is None and like is None:
             raise typer.BadParameter('give a prompt, such as "a red heart"', param_hint="PROMPT")
@@ -154,7 +152,7 @@ def generate(
             repeated.setdefault("rng", "cuda")  # webui does not name its default
 
         with (
-            _progress(quiet) as on_step,
+            steps_bar(quiet) as on_step,
             SDContext(
                 model or _known("model", like, told.model, told.model_hash),
                 vae=vae or _known("vae", like, told.vae, told.vae_hash),
@@ -167,6 +165,7 @@ def generate(
                 precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
                 lora_dir=lora_dir,
+                embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
             ) as sd_ctx,
         ):
@@ -248,8 +247,8 @@ def inspect_lora(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
 ) -> None:
     """Show what a LoRA file holds, and what of it fits a model."""
-    _log(verbose=False)
-    with _one_sentence(), SDContext(model) as sd_ctx:
+    set_up_log(verbose=False)
+    with one_sentence(), SDContext(model) as sd_ctx:
         report = sd_ctx.inspect_lora(file)
         if as_json:
             typer.echo(report.to_json())
@@ -265,32 +264,12 @@ def info(
     file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
 ) -> None:
     """Show the parameters of a picture, or what a model file holds."""
-    _log(verbose=False)
-    with _one_sentence():
+    set_up_log(verbose=False)
+    with one_sentence():
         if is_picture(file):
             typer.echo(read_parameters(file))
         else:
-            _print_rows([("file", str(file)), *_model_rows(file)])
-
-
-def _model_rows(path: Path) -> Iterator[tuple[str, str]]:
-    tensors = _native.probe_checkpoint(str(path), data=False)
-    types = Counter(type for _, type, _, _ in tensors)
-    parts = Counter(name.partition(".")[0] for name, _, _, _ in tensors)
-    total = sum(size for *_, size in tensors if isinstance(size, int))
-    try:
-        with SDContext(path) as sd_ctx:
-            model = sd_ctx.info
-            yield "family", model.family
-            yield "prediction", model.prediction
-            yield "native size", f"{model.native_size} x {model.native_size}"
-            yield "input channels", str(model.input_channels)
-    except (BadFile, Unsupported) as error:
-        yield "family", f"none ({error})"
-    yield "tensors", f"{len(tensors):,}, {total / 1e6:,.1f} MB"
-    yield "types", ", ".join(f"{name} ({n:,})" for name, n in types.most_common())
-    yield "parts", ", ".join(f"{name} ({n:,})" for name, n in parts.most_common(12))
-    yield "hash", files.model_hash(path) or "none"
+            cli_weights.print_info(file)
 
 
 @app.command(name="bench")
@@ -305,10 +284,10 @@ def _bench(
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes as well.")] = False,
 ) -> None:
     """Measure how long a model takes here."""
-    _log(verbose=False)
-    with _one_sentence():
+    set_up_log(verbose=False)
+    with one_sentence():
         begin = time.perf_counter()
-        with SDContext(model, precision=precision, threads=threads) as sd_ctx, _progress(quiet=False) as on_step:
+        with SDContext(model, precision=precision, threads=threads) as sd_ctx, steps_bar(quiet=False) as on_step:
             opened = time.perf_counter() - begin
             info = sd_ctx.info
             timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
@@ -317,7 +296,7 @@ def _bench(
     rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
     for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
         rows.append((name, f"{seconds:.3f} s"))
-    _print_rows(rows)
+    print_rows(rows)
     if costs:
         Console().print(_cost_table(costs))
 
@@ -337,52 +316,10 @@ def _cost_table(costs: Sequence[bench.Operation]) -> Table:
 @app.command(name="doctor")
 def _doctor() -> None:
     """Show versions, processor, devices, and how to get a faster build."""
-    with _one_sentence():
+    with one_sentence():
         for title, rows in doctor.report():
             typer.echo(f"{title}")
-            _print_rows(rows)
-        typer.echo("The processor's kernels are chosen by themselves. For a graphics card build ggml with its backend:")
+            print_rows(rows)
+        typer.echo("The processor's kernels are chosen by themselves.")
+        typer.echo("For a graphics card, build ggml with its backend:")
         typer.echo(f"  {doctor.build_for_cards()}")
-
-
-# ---- shared --------------------------------------------------------------------------------------------
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        typer.echo(f"  {name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    try:
-        yield
-    except SdcppError as error:
-        _fail(str(error), 1)
-    except MemoryError:
-        _fail("there is not enough memory; paint smaller or fewer pictures", 1)
-    except KeyboardInterrupt:
-        _fail("stopped; nothing more is written", 130)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("opening", total=None)
-
-        def on_step(step: int, steps: int, preview: object) -> None:
-            progress.update(task, description="painting", completed=step, total=steps)
-
-        yield on_step
-
-
-def _log(verbose: bool) -> None:
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", handlers=[handler])

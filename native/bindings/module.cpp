@@ -33,6 +33,7 @@ PYBIND11_MODULE(_native, m) {
     ContextClass context = bind_context(m);
     bind_generate(m, context);
     bind_loras(context);
+    bind_weights(m);
     bind_probe(m);
 
     m.def("version", [] { return text(sd_version()); });

@@ -64,22 +64,15 @@ Floats probe_latent(const Context & context) {
     return result.array();
 }
 
-// numpy's order, without the leading ones that C fills up with.
-py::tuple numpy_shape(const int64_t (&ne)[4], int dims) { // dims < 0: not known
-    if (dims < 0) {
-        dims = 4;
-        while (dims > 1 && ne[dims - 1] == 1) {
-            dims--;
-        }
-    }
-    dims = std::min(dims, 4);
-    py::tuple shape(dims);
-    for (int i = 0; i < dims; i++) {
-        shape[static_cast<size_t>(i)] = ne[dims - 1 - i];
-    }
-    return shape;
+Floats probe_text(const Context & context, const std::string & words) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    const char * utf8 = c_text(words, "text");
+    Result result;
+    check(sd_probe_text(ctx.get(), utf8, Result::receive, &result));
+    return result.array();
 }
 
+// numpy's order, without the leading ones that C fills up with.
 py::list probe_weights(const Context & context) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     py::list out;
@@ -225,6 +218,7 @@ py::list probe_checkpoint(const std::string & path, bool data) {
 void bind_probe(py::module_ & m) {
     m.def("probe_run", probe_run, "context"_a, "network"_a);
     m.def("probe_latent", probe_latent, "context"_a);
+    m.def("probe_text", probe_text, "context"_a, "text"_a);
     m.def("probe_weights", probe_weights, "context"_a);
     m.def("probe_profile", probe_profile, "context"_a, "on"_a);
     m.def("probe_operations", probe_operations, "context"_a);

@@ -8,6 +8,7 @@
 #include "context.h"
 #include "core/error.h"
 #include "families/t5_text.h"
+#include "nn/convert.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
 #include "sampling/schedule.h"
@@ -154,6 +155,24 @@ sd::LoraOptions to_lora_options(const sd_open_params & from) {
     return options;
 }
 
+std::vector<sd::ComponentFile> to_components(const sd_component * from, int n) {
+    std::vector<sd::ComponentFile> components;
+    for (int i = 0; i < n; ++i) {
+        need(from, "components");
+        components.push_back({or_empty(from[i].role), or_empty(from[i].path)});
+    }
+    return components;
+}
+
+sd::DType type_named(const char * name) {
+    need(name, "the name of a type");
+    const sd::DTypeInfo * info = sd::dtype_by_name(name);
+    if (!info) {
+        sd::fail(sd::Status::bad_argument, "type '%s' is not known; q8_0, q4_K and f16 are", name);
+    }
+    return info->type;
+}
+
 sd::Tensor to_tensor(const sd_tensor & from) {
     constexpr int64_t limit = int64_t(1) << 32; // numbers; a test's tensor is far below
     int64_t           n = 1;
@@ -261,10 +280,7 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         need(params->model, "params.model");
         sd::OpenParams open;
         open.model = params->model;
-        for (int i = 0; i < params->n_components; ++i) {
-            need(params->components, "params.components");
-            open.components.push_back({or_empty(params->components[i].role), or_empty(params->components[i].path)});
-        }
+        open.components = to_components(params->components, params->n_components);
         open.data_dir = or_empty(params->data_dir);
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
@@ -312,6 +328,88 @@ sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]) {
         need(ctx, "ctx");
         need(hex, "hex");
         std::memcpy(hex, ctx->context.fingerprint().c_str(), 65);
+    });
+}
+
+bool sd_get_type(int index, sd_type * type) {
+    const sd::DTypeInfo * info = sd::dtype_at(index);
+    if (!type || !info) {
+        return false;
+    }
+    *type = {info->name, static_cast<int>(info->type), info->block, info->block_bytes,
+             sd::can_read(info->type), sd::can_write(info->type), sd::wants_importance(info->type)};
+    return true;
+}
+
+sd_status sd_convert_rows(const char * from_type, const void * from, const char * to_type, void * to, int64_t rows,
+                          int64_t row_length, const float * importance) {
+    return guarded([&] {
+        if (rows < 0 || row_length < 0) {
+            sd::fail(sd::Status::bad_argument, "%lld rows of %lld: both must be from 0 up", static_cast<long long>(rows),
+                     static_cast<long long>(row_length));
+        }
+        need(from, "from");
+        need(to, "to");
+        sd::convert_rows(type_named(from_type), from, type_named(to_type), to, rows, row_length, importance);
+    });
+}
+
+sd_status sd_list_tensors(const char * model, const sd_component * components, int n_components,
+                          sd_on_stored on_tensor, sd_on_metadata on_metadata, void * user) {
+    return guarded([&] {
+        need(model, "model");
+        const sd::Checkpoint checkpoint = sd::Checkpoint::open(model, to_components(components, n_components));
+        for (const sd::StoredTensor & tensor : checkpoint.tensors()) {
+            const sd_stored stored{tensor.name.c_str(),
+                                   sd::dtype_name(tensor.type),
+                                   tensor.dims,
+                                   {tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]},
+                                   tensor.file->path().c_str(),
+                                   tensor.offset,
+                                   tensor.bytes,
+                                   tensor.scale};
+            if (on_tensor && !on_tensor(&stored, user)) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
+        for (const auto & [key, value] : checkpoint.metadata()) {
+            if (on_metadata && !on_metadata(key.c_str(), value.c_str(), user)) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
+    });
+}
+
+sd_status sd_list_weights(const sd_open_params * params, const char ** family, sd_on_declared on_weight, void * user) {
+    return guarded([&] {
+        need(params, "params");
+        need(params->model, "params.model");
+        sd::WeightStore weights(sd::Checkpoint::open(params->model, to_components(params->components, params->n_components)));
+        const sd::Family & known = sd::recognise(weights.checkpoint());
+        const auto         pipeline = known.open(weights, {or_empty(params->data_dir), or_empty(params->prediction)});
+        if (family) {
+            *family = known.name;
+        }
+        for (const sd::Weight & weight : weights.weights()) {
+            sd_declared declared{weight.name.c_str(),
+                                 weight.diffusers.c_str(),
+                                 {weight.ne[0], weight.ne[1], weight.ne[2], weight.ne[3]},
+                                 0,
+                                 weight.ne[1] * weight.ne[2] * weight.ne[3],
+                                 false,
+                                 weight.table};
+            bool go_on = !on_weight || !weight.parts.empty() || on_weight(&declared, user);
+            for (const sd::WeightPart & part : weight.parts) {
+                declared.diffusers_name = part.diffusers.c_str();
+                declared.first_row = part.first_row;
+                declared.rows = part.rows;
+                declared.swap_halves = part.swap_halves;
+                go_on = go_on && (!on_weight || on_weight(&declared, user));
+            }
+            if (!go_on) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
     });
 }
 
@@ -409,6 +507,40 @@ sd_status sd_preview(sd_ctx * ctx, int image, uint8_t * rgb) {
     });
 }
 
+sd_status sd_collect_importance(sd_ctx * ctx, bool on) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        ctx->context.set_observing(on);
+    });
+}
+
+bool sd_get_importance(const sd_ctx * ctx, int index, sd_importance * importance) {
+    if (!ctx || !importance || index < 0 || static_cast<size_t>(index) >= ctx->context.importance().size()) {
+        return false;
+    }
+    const auto & [name, of] = *std::next(ctx->context.importance().begin(), index);
+    *importance = {name.c_str(), static_cast<int64_t>(of.sums.size()), of.rows, of.sums.data()};
+    return true;
+}
+
+sd_status sd_learn_words(sd_ctx * ctx, const sd_learned_word * words, int n_words) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        std::vector<sd::LearnedText> texts;
+        for (int i = 0; i < n_words; ++i) {
+            need(words, "the list of words");
+            sd::LearnedText & text = texts.emplace_back();
+            text.name = or_empty(words[i].name);
+            for (int k = 0; k < 2 && words[i].data[k]; ++k) {
+                const sd_tensor vectors{words[i].name, {words[i].width[k], words[i].vectors, 1, 1},
+                                        const_cast<float *>(words[i].data[k])};
+                text.vectors.push_back(to_tensor(vectors));
+            }
+        }
+        ctx->context.learn(texts);
+    });
+}
+
 sd_status sd_count_tokens(sd_ctx * ctx, const char * text, int * count) {
     return guarded([&] {
         need(ctx, "ctx");
@@ -455,6 +587,14 @@ bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost)
     const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
     *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
     return true;
+}
+
+sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(text, "text");
+        give(ctx->context.encode_text(text), receive, user);
+    });
 }
 
 bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info) {

@@ -265,7 +265,7 @@ def test_deep_nesting(probe, depth):
 def test_pickles_are_refused_with_advice(probe, magic):
     error = probe(magic + b"archive/data.pkl" * 10)
     assert isinstance(error, Unsupported)
-    assert "convert it to safetensors" in str(error)
+    assert "convert it with sdcpp convert, which runs nothing" in str(error)
 
 
 def write_pipeline(root: Path, weight_map: object) -> None:

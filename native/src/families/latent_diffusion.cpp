@@ -69,10 +69,12 @@ void LatentDiffusion::check_heads(const Checkpoint & file) const {
 
 Conditioning LatentDiffusion::encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip,
                                            int chunks) const {
-    const ClipPrompt read(bpe_, prompt, padding, chunks);
-    const Tensor     ids = read.ids();
-    auto             outputs = runner.run("text" + std::to_string(clip_skip), {{"ids", &ids}},
-                                          [&](Graph & g) { text(g, clip_skip); });
+    const ClipPrompt    read(bpe_, prompt, padding, chunks, learned_.words());
+    const LearnedInputs learned(read.chunks, learned_, 0);
+    const Tensor        ids = read.ids();
+    Inputs              inputs{{"ids", &ids}};
+    learned.add_to(inputs);
+    auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
     Tensor & states = outputs.at("states");
     read.emphasise(states, 0, states.ne[0]);
     return {{{"text", join_chunks(std::move(states))}}, {}};

@@ -4,6 +4,7 @@
 
 #include "families/clip_prompt.h"
 #include "families/family.h"
+#include "families/learned_words.h"
 #include "models/unet.h"
 #include "models/vae.h"
 
@@ -22,8 +23,13 @@ class LatentDiffusion : public Pipeline {
     int           size_multiple() const override { return vae_.reduction(); }
     int           native_size() const override { return native_size_; }
 
-    int count_chunks(const Prompt & prompt) const override { return count_clip_chunks(bpe_, prompt); }
-    int count_tokens(const std::string & text) const override { return static_cast<int>(bpe_.encode(text).size()); }
+    int count_chunks(const Prompt & prompt) const override {
+        return count_clip_chunks(bpe_, prompt, learned_.words());
+    }
+    int count_tokens(const std::string & text) const override {
+        return sd::count_tokens(bpe_, text, learned_.words());
+    }
+    void learn(const std::vector<LearnedText> & words) override { learned_ = LearnedWords(bpe_, words, text_widths()); }
 
     Value denoise(Graph & g) const override {
         return unet_(g, g.input("latent"), g.input("time"), g.input("text"));
@@ -48,8 +54,12 @@ class LatentDiffusion : public Pipeline {
     // A prompt's conditioning by the only text encoder of a family.
     Conditioning encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip, int chunks) const;
 
-    ClipBpe bpe_;
-    Unet    unet_;
+    // Of its text encoders.
+    virtual std::vector<int64_t> text_widths() const = 0;
+
+    ClipBpe      bpe_;
+    Unet         unet_;
+    LearnedWords learned_;
 
   private:
     void check_heads(const Checkpoint & file) const;

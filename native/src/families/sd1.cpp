@@ -28,6 +28,8 @@ class StableDiffusion1 final : public LatentDiffusion {
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_.c.width}; }
+
     Scope    text_scope_;
     ClipText clip_;
 };

@@ -36,6 +36,8 @@ class StableDiffusion2 final : public LatentDiffusion {
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_.c.width}; }
+
     // diffusers folders come without the last layer, which nothing uses.
     static ClipConfig read_config(const Scope & scope) {
         ClipConfig config = ClipConfig::read(scope, false, true, "clip_h");

@@ -40,7 +40,8 @@ class StableDiffusionXl final : public LatentDiffusion {
     }
 
     void text(Graph & g, int clip_skip) const override {
-        const Value l = clip_l_(g, g.input_ids("ids"), clip_skip), second = clip_g_(g, g.input_ids("ids_2"), clip_skip);
+        const Value l = clip_l_(g, g.input_ids("ids"), clip_skip);
+        const Value second = clip_g_(g, g.input_ids("ids_2"), clip_skip, "_2");
         g.output("states", g.concat_features(l, second));
         const Value pooled = clip_g_.pooled(g, clip_g_.finish(g, second, clip_skip), g.input_ids("ends"));
         g.output("pooled", g.linear(projection_, nullptr, pooled));
@@ -48,11 +49,14 @@ class StableDiffusionXl final : public LatentDiffusion {
 
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override {
         check_clip_skip(clip_skip, 1, std::min(clip_l_.c.layers, clip_g_.c.layers));
-        const ClipPrompt l(bpe_, prompt, ClipBpe::end_token, chunks), second(bpe_, prompt, padding_g, chunks);
-        const Tensor     ids = l.ids(), ids_2 = second.ids(), ends = second.ends();
-        auto             outputs = runner.run("text" + std::to_string(clip_skip),
-                                              {{"ids", &ids}, {"ids_2", &ids_2}, {"ends", &ends}},
-                                              [&](Graph & g) { text(g, clip_skip); });
+        const ClipPrompt    l(bpe_, prompt, ClipBpe::end_token, chunks, learned_.words());
+        const ClipPrompt    second(bpe_, prompt, padding_g, chunks, learned_.words());
+        const LearnedInputs learned(l.chunks, learned_, 0), learned_2(second.chunks, learned_, 1);
+        const Tensor        ids = l.ids(), ids_2 = second.ids(), ends = second.ends();
+        Inputs              inputs{{"ids", &ids}, {"ids_2", &ids_2}, {"ends", &ends}};
+        learned.add_to(inputs);
+        learned_2.add_to(inputs, "_2");
+        auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
         Tensor & states = outputs.at("states");
         l.emphasise(states, 0, clip_l_.c.width);
         second.emphasise(states, clip_l_.c.width, clip_g_.c.width);
@@ -78,6 +82,8 @@ class StableDiffusionXl final : public LatentDiffusion {
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_l_.c.width, clip_g_.c.width}; }
+
     // The activations of its autoencoder go beyond f16, and pictures become black. diffusers folders tell where it
     // is one that was changed so that they do not.
     static bool needs_wide_vae(const Checkpoint & file) {

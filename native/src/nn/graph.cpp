@@ -95,6 +95,7 @@ Value Graph::multiply(ggml_tensor * kernel, Value x, int stride, int pad) {
 }
 
 Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
+    multiplied_.emplace_back(weight, x);
     const Adapter * adapted = adapter(weight);
     if (kernels_ && Product::can(weight->tensor) && low_rank_at_most(adapted)) {
         return fused(adapted, weight, bias, x, 1, 0);

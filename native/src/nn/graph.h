@@ -125,6 +125,8 @@ class Graph {
         Tensor values;
     };
     const std::map<std::string, Value> & inputs() const { return inputs_; }
+    // What each matrix is multiplied with: [in, ...].
+    const std::vector<std::pair<const Weight *, Value>> & multiplied() const { return multiplied_; }
     const std::map<std::string, Value> & outputs() const { return outputs_; }
     const std::vector<Constant> &        constants() const { return constants_; }
 
@@ -161,6 +163,7 @@ class Graph {
     std::unique_ptr<KernelNodes> kernels_; // null: ggml's own operations
     Value                        strengths_ = nullptr;
     std::map<std::string, Value> inputs_, outputs_;
+    std::vector<std::pair<const Weight *, Value>> multiplied_;
     std::vector<Constant>        constants_;
 };
 
