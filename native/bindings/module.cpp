@@ -674,6 +674,8 @@ py::list probe_checkpoint(const std::string & path, bool data) {
 
 } // namespace
 
+void bind_lora_files(py::module_ & m); // lora_files.cpp
+
 PYBIND11_MODULE(_native, m) {
     m.doc() = "The engine of sdcpp_py, as sdcpp.h offers it. Use sdcpp_py.SDContext instead.";
 
@@ -702,6 +704,8 @@ PYBIND11_MODULE(_native, m) {
         .def("lora_reports", &Context::lora_reports)
         .def("inspect_lora", &Context::inspect_lora, "path"_a)
         .def("lora_drift", &Context::lora_drift);
+
+    bind_lora_files(m);
 
     m.def("version", [] { return text(sd_version()); });
     m.def("build_info", [] { return text(sd_build_info()); });
