@@ -19,7 +19,11 @@ from .report import LoraReport
 Floats = NDArray[np.float32]
 
 _BASE_MODELS: Final = {"SD1": "sd1", "SD2": "sd2", "SDXL": "sdxl", "SD3": "sd3", "FLUX": "flux"}
-SHOWN_NAMES: Final = {family: name for name, family in _BASE_MODELS.items()}
+
+
+def described(family: str) -> str:
+    """A family's name for messages: "SDXL"."""
+    return next(name for name, one in _BASE_MODELS.items() if one == family)
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ class LoraSource:
             self._found[i].append((stem, stem["rows"] // _PROBE_ROWS))
         if not self._found:
             raise BadFile(
-                f"{self.path}: none of its modules is one of {SHOWN_NAMES[self.family]}, first {self.unknown[0]}"
+                f"{self.path}: none of its modules is one of {described(self.family)}, first {self.unknown[0]}"
             )
 
     def _sizes(self, known: Mapping[int, Size]) -> dict[int, Size]:
