@@ -1,0 +1,126 @@
+"""Files that the LoRA tools write, loaded by diffusers, peft and lycoris-lora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import flux_files
+import numpy as np
+import pytest
+import reference_lora
+from closeness import assert_close, relative_rmse
+
+from sdcpp_py.lora import tools
+
+torch = pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
+pytestmark = pytest.mark.parity
+
+# Factors are float32 and a product of each side's sums; the issue asks for 1e-5, which leaves a tenth.
+SUM = 1e-6
+
+
+@pytest.fixture(scope="module")
+def flux() -> Any:
+    """FLUX's transformer, tiny, without any adapter."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=flux_files.CHANNELS,
+        num_layers=flux_files.LAYERS,
+        num_single_layers=flux_files.LAYERS,
+        attention_head_dim=16,
+        num_attention_heads=flux_files.WIDTH // 16,
+        joint_attention_dim=flux_files.TEXT,
+        pooled_projection_dim=flux_files.POOLED,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def loaded(model: Any, path: Path) -> dict[str, np.ndarray]:
+    """What peft adds to each module once diffusers has loaded the file."""
+    from diffusers import FluxPipeline
+
+    state, alphas = FluxPipeline.lora_state_dict(str(path), return_alphas=True)[:2]
+    model.load_lora_adapter(state, prefix="transformer", network_alphas=alphas, adapter_name="merged")
+    try:
+        return {
+            name.removesuffix(".base_layer"): layer.get_delta_weight("merged").detach().double().numpy()
+            for name, layer in model.named_modules()
+            if hasattr(layer, "get_delta_weight") and "merged" in layer.lora_A
+        }
+    finally:
+        model.delete_adapters("merged")
+        model.unload_lora()
+
+
+def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float = SUM) -> None:
+    assert got.keys() == want.keys()
+    for name, change in want.items():
+        assert_close(got[name], change, tolerance)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "ai-toolkit"])
+def test_flux_loras_of_every_trainer_merge_into_one_that_diffusers_loads(flux: Any, tmp_path: Path, to: str) -> None:
+    """Story 4: two of AI-Toolkit, one of kohya with fused projections, one of LyCORIS."""
+    files = [tmp_path / f"{name}.safetensors" for name in ("first", "second", "kohya", "lycoris")]
+    changes = [
+        flux_files.ai_toolkit(files[0], seed=1),
+        flux_files.ai_toolkit(files[1], seed=2, rank=8),
+        flux_files.kohya(files[2], seed=3),
+        flux_files.lycoris(files[3], seed=4),
+    ]
+    ratios = (0.7, -0.3, 1.1, 0.5)
+    merged = tmp_path / "merged.safetensors"
+    tools.merge(zip(files, ratios, strict=True), merged, to=to)
+    assert_same(loaded(flux, merged), flux_files.weighted(*zip(changes, ratios, strict=True)))
+
+
+def test_two_flux_loras_of_ai_toolkit_merge(flux: Any, tmp_path: Path) -> None:
+    """The pair at which sd-scripts ends with KeyError: 'transformer.single_transformer_blocks.0.attn.to_k'."""
+    names = ["single_transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.add_v_proj"]
+    a, b, merged = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "merged"))
+    one, other = flux_files.ai_toolkit(a, 5, names=names), flux_files.ai_toolkit(b, 6, rank=3, names=names)
+    tools.merge([f"{a}:0.7", f"{b}:-0.3"], merged)
+    assert_same(loaded(flux, merged), flux_files.weighted((one, 0.7), (other, -0.3)))
+
+
+@pytest.mark.parametrize("kind", ["lokr-full", "lokr-both", "full"])
+def test_kinds_without_a_low_rank_reach_peft_exactly(flux: Any, tmp_path: Path, kind: str) -> None:
+    make = {
+        "lokr-full": reference_lora.lokr("full"),
+        "lokr-both": reference_lora.lokr("both"),
+        "full": reference_lora.full,
+    }[kind]
+    change = flux_files.lycoris(tmp_path / "a.safetensors", 7, make)
+    tools.merge([f"{tmp_path / 'a.safetensors'}:0.6"], tmp_path / "b.safetensors", to="diffusers")
+    assert_same(loaded(flux, tmp_path / "b.safetensors"), flux_files.weighted((change, 0.6)))
+
+
+def test_diffusers_own_converter_reads_what_we_write_for_kohya(tmp_path: Path) -> None:
+    """At FLUX's own width, as the converter counts rows by it; compared by what the change makes of a vector."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+    from safetensors.torch import load_file
+
+    rng = np.random.default_rng(8)
+    rows = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
+    tensors, x = {}, rng.standard_normal(3072)
+    want = {}
+    for name, height in rows.items():
+        a, b = rng.standard_normal((4, 3072)).astype(np.float32), rng.standard_normal((height, 4)).astype(np.float32)
+        stem = f"transformer.single_transformer_blocks.0.{name}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+        want[stem] = b.astype(np.float64) @ (a @ x)
+    import lora_files
+
+    source = lora_files.save(tmp_path / "a.safetensors", tensors)
+    tools.convert(source, tmp_path / "kohya.safetensors", to="kohya")
+    state = load_file(tmp_path / "kohya.safetensors")
+    assert set(state) == {f"lora_unet_single_blocks_0_linear1.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    theirs = _convert_kohya_flux_lora_to_diffusers(state)
+    for stem, change in want.items():
+        a, b = (theirs[f"{stem}.lora_{side}.weight"].double().numpy() for side in "AB")
+        assert relative_rmse(b @ (a @ x), change) < SUM
