@@ -168,6 +168,15 @@ def total(pairs: Iterable[Pair]) -> Pair | None:
     return Pair(down, np.concatenate([pair.up for pair in kept], axis=1), kept[0].weight, kept[0].first)
 
 
+def norm(pair: Pair) -> float:
+    """The Frobenius norm of the product, by QR of both factors (float64), which loses nothing to cancellation."""
+    if min(pair.up.shape[0], pair.down.shape[1]) <= pair.rank:
+        return float(np.linalg.norm(pair.dense().astype(np.float64)))
+    r_up = np.linalg.qr(pair.up.astype(np.float64), mode="r")
+    r_down = np.linalg.qr(pair.down.astype(np.float64).T, mode="r")
+    return abs(pair.weight) * float(np.linalg.norm(r_up @ r_down.T))
+
+
 # ---- lower ranks ---------------------------------------------------------------------------------------
 
 

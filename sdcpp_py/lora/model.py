@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _native
 from ..errors import BadFile
-from .outline import DIFFUSERS, LINEAR, Outline, UNet, outline_of
+from .outline import DIFFUSERS, LINEAR, UNet, outline_of
 from .source import Floats, Size
 
 # Where files keep each component, under original names.
@@ -217,7 +217,9 @@ def _diffusers_unet(names: Iterable[str]) -> _Found | None:
     blocks, levels, middle = 0, 0, 0
     depth: dict[int, int] = {}
     for name in names:
-        if match := re.search(r"\bdown_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?", name):
+        if match := re.search(
+            r"\bdown_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?", name
+        ):
             level = int(match[1])
             levels, blocks = max(levels, level + 1), max(blocks, int(match[3]) + 1)
             if match[4]:

@@ -69,88 +69,104 @@ class Module:
         return (self.form, self.form) if self.form > 0 else ()
 
 
-# ---- FLUX and SD 3: "original  diffusers", where * stands for a block's number, several names are parts, a number
-# before one tells its units, and ~ that its halves are swapped ------------------------------------------------
+# ---- FLUX and SD 3 -------------------------------------------------------------------------------------
+# A row is "original diffusers". Several names are parts, which lie one after another and are as high as each other,
+# but for one behind a 4, which is four times as high; ~ tells that the halves are swapped.
 
-_FLUX: Final = """
-img_in                       x_embedder
-txt_in                       context_embedder
-time_in.in_layer             time_text_embed.timestep_embedder.linear_1
-time_in.out_layer            time_text_embed.timestep_embedder.linear_2
-vector_in.in_layer           time_text_embed.text_embedder.linear_1
-vector_in.out_layer          time_text_embed.text_embedder.linear_2
-guidance_in.in_layer         time_text_embed.guidance_embedder.linear_1
-guidance_in.out_layer        time_text_embed.guidance_embedder.linear_2
-final_layer.adaLN_modulation.1  ~norm_out.linear
-final_layer.linear           proj_out
-double_blocks.*.img_mod.lin    transformer_blocks.*.norm1.linear
-double_blocks.*.txt_mod.lin    transformer_blocks.*.norm1_context.linear
-double_blocks.*.img_attn.qkv   transformer_blocks.*.attn.to_q transformer_blocks.*.attn.to_k transformer_blocks.*.attn.to_v
-double_blocks.*.txt_attn.qkv   transformer_blocks.*.attn.add_q_proj transformer_blocks.*.attn.add_k_proj transformer_blocks.*.attn.add_v_proj
-double_blocks.*.img_attn.proj  transformer_blocks.*.attn.to_out.0
-double_blocks.*.txt_attn.proj  transformer_blocks.*.attn.to_add_out
-double_blocks.*.img_mlp.0      transformer_blocks.*.ff.net.0.proj
-double_blocks.*.img_mlp.2      transformer_blocks.*.ff.net.2
-double_blocks.*.txt_mlp.0      transformer_blocks.*.ff_context.net.0.proj
-double_blocks.*.txt_mlp.2      transformer_blocks.*.ff_context.net.2
-double_blocks.*.img_attn.norm.query_norm.scale  transformer_blocks.*.attn.norm_q
-double_blocks.*.img_attn.norm.key_norm.scale    transformer_blocks.*.attn.norm_k
-double_blocks.*.txt_attn.norm.query_norm.scale  transformer_blocks.*.attn.norm_added_q
-double_blocks.*.txt_attn.norm.key_norm.scale    transformer_blocks.*.attn.norm_added_k
-single_blocks.*.modulation.lin  single_transformer_blocks.*.norm.linear
-single_blocks.*.linear1         single_transformer_blocks.*.attn.to_q single_transformer_blocks.*.attn.to_k single_transformer_blocks.*.attn.to_v 4single_transformer_blocks.*.proj_mlp
-single_blocks.*.linear2         single_transformer_blocks.*.proj_out
-single_blocks.*.norm.query_norm.scale  single_transformer_blocks.*.attn.norm_q
-single_blocks.*.norm.key_norm.scale    single_transformer_blocks.*.attn.norm_k
-"""
+# Prefixes of a section's rows, with * for a block's number, and the rows.
+_Table = dict[tuple[str, str], str]
 
-_SD3: Final = """
-x_embedder.proj              pos_embed.proj
-context_embedder             context_embedder
-t_embedder.mlp.0             time_text_embed.timestep_embedder.linear_1
-t_embedder.mlp.2             time_text_embed.timestep_embedder.linear_2
-y_embedder.mlp.0             time_text_embed.text_embedder.linear_1
-y_embedder.mlp.2             time_text_embed.text_embedder.linear_2
-final_layer.adaLN_modulation.1  ~norm_out.linear
-final_layer.linear           proj_out
-joint_blocks.*.x_block.adaLN_modulation.1        transformer_blocks.*.norm1.linear
-joint_blocks.*.context_block.adaLN_modulation.1  transformer_blocks.*.norm1_context.linear
-joint_blocks.*.x_block.attn.qkv        transformer_blocks.*.attn.to_q transformer_blocks.*.attn.to_k transformer_blocks.*.attn.to_v
-joint_blocks.*.context_block.attn.qkv  transformer_blocks.*.attn.add_q_proj transformer_blocks.*.attn.add_k_proj transformer_blocks.*.attn.add_v_proj
-joint_blocks.*.x_block.attn2.qkv       transformer_blocks.*.attn2.to_q transformer_blocks.*.attn2.to_k transformer_blocks.*.attn2.to_v
-joint_blocks.*.x_block.attn.proj        transformer_blocks.*.attn.to_out.0
-joint_blocks.*.context_block.attn.proj  transformer_blocks.*.attn.to_add_out
-joint_blocks.*.x_block.attn2.proj       transformer_blocks.*.attn2.to_out.0
-joint_blocks.*.x_block.attn.ln_q        transformer_blocks.*.attn.norm_q
-joint_blocks.*.x_block.attn.ln_k        transformer_blocks.*.attn.norm_k
-joint_blocks.*.context_block.attn.ln_q  transformer_blocks.*.attn.norm_added_q
-joint_blocks.*.context_block.attn.ln_k  transformer_blocks.*.attn.norm_added_k
-joint_blocks.*.x_block.attn2.ln_q       transformer_blocks.*.attn2.norm_q
-joint_blocks.*.x_block.attn2.ln_k       transformer_blocks.*.attn2.norm_k
-joint_blocks.*.x_block.mlp.fc1          transformer_blocks.*.ff.net.0.proj
-joint_blocks.*.x_block.mlp.fc2          transformer_blocks.*.ff.net.2
-joint_blocks.*.context_block.mlp.fc1    transformer_blocks.*.ff_context.net.0.proj
-joint_blocks.*.context_block.mlp.fc2    transformer_blocks.*.ff_context.net.2
-"""
+_FLUX: Final[_Table] = {
+    ("", ""): """
+        img_in                  x_embedder
+        txt_in                  context_embedder
+        time_in.in_layer        time_text_embed.timestep_embedder.linear_1
+        time_in.out_layer       time_text_embed.timestep_embedder.linear_2
+        vector_in.in_layer      time_text_embed.text_embedder.linear_1
+        vector_in.out_layer     time_text_embed.text_embedder.linear_2
+        guidance_in.in_layer    time_text_embed.guidance_embedder.linear_1
+        guidance_in.out_layer   time_text_embed.guidance_embedder.linear_2
+        final_layer.adaLN_modulation.1  ~norm_out.linear
+        final_layer.linear      proj_out
+    """,
+    ("double_blocks.*.", "transformer_blocks.*."): """
+        img_mod.lin    norm1.linear
+        txt_mod.lin    norm1_context.linear
+        img_attn.qkv   attn.to_q attn.to_k attn.to_v
+        txt_attn.qkv   attn.add_q_proj attn.add_k_proj attn.add_v_proj
+        img_attn.proj  attn.to_out.0
+        txt_attn.proj  attn.to_add_out
+        img_mlp.0      ff.net.0.proj
+        img_mlp.2      ff.net.2
+        txt_mlp.0      ff_context.net.0.proj
+        txt_mlp.2      ff_context.net.2
+        img_attn.norm.query_norm.scale  attn.norm_q
+        img_attn.norm.key_norm.scale    attn.norm_k
+        txt_attn.norm.query_norm.scale  attn.norm_added_q
+        txt_attn.norm.key_norm.scale    attn.norm_added_k
+    """,
+    ("single_blocks.*.", "single_transformer_blocks.*."): """
+        modulation.lin         norm.linear
+        linear1                attn.to_q attn.to_k attn.to_v 4proj_mlp
+        linear2                proj_out
+        norm.query_norm.scale  attn.norm_q
+        norm.key_norm.scale    attn.norm_k
+    """,
+}
+
+_SD3: Final[_Table] = {
+    ("", ""): """
+        x_embedder.proj     pos_embed.proj
+        context_embedder    context_embedder
+        t_embedder.mlp.0    time_text_embed.timestep_embedder.linear_1
+        t_embedder.mlp.2    time_text_embed.timestep_embedder.linear_2
+        y_embedder.mlp.0    time_text_embed.text_embedder.linear_1
+        y_embedder.mlp.2    time_text_embed.text_embedder.linear_2
+        final_layer.adaLN_modulation.1  ~norm_out.linear
+        final_layer.linear  proj_out
+    """,
+    ("joint_blocks.*.x_block.", "transformer_blocks.*."): """
+        adaLN_modulation.1  norm1.linear
+        attn.qkv    attn.to_q attn.to_k attn.to_v
+        attn.proj   attn.to_out.0
+        attn.ln_q   attn.norm_q
+        attn.ln_k   attn.norm_k
+        attn2.qkv   attn2.to_q attn2.to_k attn2.to_v
+        attn2.proj  attn2.to_out.0
+        attn2.ln_q  attn2.norm_q
+        attn2.ln_k  attn2.norm_k
+        mlp.fc1     ff.net.0.proj
+        mlp.fc2     ff.net.2
+    """,
+    ("joint_blocks.*.context_block.", "transformer_blocks.*."): """
+        adaLN_modulation.1  norm1_context.linear
+        attn.qkv   attn.add_q_proj attn.add_k_proj attn.add_v_proj
+        attn.proj  attn.to_add_out
+        attn.ln_q  attn.norm_added_q
+        attn.ln_k  attn.norm_added_k
+        mlp.fc1    ff_context.net.0.proj
+        mlp.fc2    ff_context.net.2
+    """,
+}
 
 
-def _rows(table: str, blocks: int) -> Iterator[Module]:
-    for line in table.split("\n"):
-        if not line:
-            continue
-        original, *names = line.split()
+def _rows(table: _Table, blocks: int) -> Iterator[Module]:
+    for (original, diffusers), rows in table.items():
         for block in range(blocks if "*" in original else 1):
-            name = original.replace("*", str(block))
-            leaf = "scale" if name.endswith(".scale") else "weight"
-            is_norm = leaf == "scale" or ".ln_" in name
-            form = NORM if is_norm else 2 if name == "x_embedder.proj" else LINEAR
-            parts, first = [], 0
-            for spelled in names:
-                mark, path = re.fullmatch(r"([~\d]?)(.+)", spelled.replace("*", str(block))).groups()  # type: ignore[union-attr]
-                units = int(mark) if mark.isdigit() else 1
-                parts.append(Part(path, first, units, mark == "~"))
-                first += units
-            yield Module("denoiser", name.removesuffix(".scale"), tuple(parts), form, leaf)
+            for row in filter(None, map(str.split, rows.splitlines())):
+                yield _row(row, original.replace("*", str(block)), diffusers.replace("*", str(block)))
+
+
+def _row(row: list[str], original: str, diffusers: str) -> Module:
+    name, leaf = original + row[0].removesuffix(".scale"), "scale" if row[0].endswith(".scale") else "weight"
+    is_norm = leaf == "scale" or ".ln_" in name
+    parts: list[Part] = []
+    for spelled in row[1:]:
+        mark = spelled[0] if spelled[0] in "~4" else ""
+        first = parts[-1].first + parts[-1].units if parts else 0
+        parts.append(Part(diffusers + spelled.removeprefix(mark), first, 4 if mark == "4" else 1, mark == "~"))
+    form = NORM if is_norm else 2 if name == "x_embedder.proj" else LINEAR
+    return Module("denoiser", name, tuple(parts), form, leaf)
 
 
 # ---- UNets ---------------------------------------------------------------------------------------------
@@ -164,7 +180,11 @@ _RESNET: Final = (
     ("conv_shortcut", "skip_connection", 1),
 )
 _BLOCK: Final = (
-    *(f"{attention}.{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(
+        f"{attention}.{projection}"
+        for attention in ("attn1", "attn2")
+        for projection in ("to_q", "to_k", "to_v", "to_out.0")
+    ),
     "ff.net.0.proj",
     "ff.net.2",
 )

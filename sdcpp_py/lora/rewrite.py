@@ -188,8 +188,7 @@ def rewrite(
             for stem, (left, norm) in made.lost.items():
                 result.residuals[stem] = left / norm if norm else 0.0
                 rest, whole = rest + left**2, whole + norm**2
-            if on_step is not None and on_step(done, len(order), names[i]) is False:
-                raise Cancelled(f"{output}: stopped; it is not written")
+            step(on_step, done, len(order), names[i], str(output))
         if not writer.names:
             raise BadArgument(f"{output}: nothing would be left to write")
         told |= spelling.metadata(plan.format, outline.family, [s.report.metadata for s in sources], ranks, kinds)
@@ -198,6 +197,16 @@ def rewrite(
     result.kinds, result.ranks = dict(kinds), dict(sorted(ranks.items()))
     result.residual = (rest / whole) ** 0.5 if whole else 0.0
     return result
+
+
+def step(on_step: OnStep | None, done: int, total: int, name: str, what: str) -> None:
+    """Tells of progress.
+
+    Raises:
+        Cancelled: The answer was False.
+    """
+    if on_step is not None and on_step(done, total, name) is False:
+        raise Cancelled(f"{what}: stopped after {done:,} of {total:,} modules; nothing is written")
 
 
 def canonical(source: LoraSource, i: int) -> str:
@@ -359,9 +368,7 @@ def _combined(
     return algebra.of_dense(merged, first)
 
 
-def _vector(
-    sums: list[tuple[float, Change]], i: int, model: Model | None, first: int, rows: int
-) -> Floats | None:
+def _vector(sums: list[tuple[float, Change]], i: int, model: Model | None, first: int, rows: int) -> Floats | None:
     """The change of some elements of a bias or a norm: (rows, 1)."""
     total: Floats | None = None
     for weight, change in sums:
@@ -384,8 +391,8 @@ def base_of(change: Change, i: int, model: Model | None) -> Floats | None:
     if model is None:
         kind = "DoRA" if "magnitude" in change.factors else change.kind
         raise BadArgument(
-            f"{change.source.path}: {change.module.name} is changed by {kind}, which depends on the model's own weight; "
-            f"name the model"
+            f"{change.source.path}: {change.module.name} is changed by {kind}, which depends on the model's own "
+            f"weight; name the model"
         )
     rows = model.weight(change.source.outline.modules[i], change.leaf)
     return np.ascontiguousarray(rows[change.first : change.first + change.rows])

@@ -140,7 +140,8 @@ class LoraSource:
         late = [
             i
             for i, size in self.sizes.items()
-            if self.outline.modules[i].name.endswith("context_block.adaLN_modulation.1") and size.rows == 2 * size.columns
+            if self.outline.modules[i].name.endswith("context_block.adaLN_modulation.1")
+            and size.rows == 2 * size.columns
         ]
         self.outline = self.outline.with_swaps(late)
         used = sorted(self.sizes)
@@ -228,9 +229,7 @@ class LoraSource:
 
     def _resolve(self) -> None:
         """Finds the module and the units of rows of each stem."""
-        probed = [
-            (i, leaf) for i, module in enumerate(self.outline.modules) for leaf in _leaves(module)
-        ]
+        probed = [(i, leaf) for i, module in enumerate(self.outline.modules) for leaf in _leaves(module)]
         stems = _native.LoraFile(self._os_path, _probe(self.outline)).stems()
         self._found: dict[int, list[tuple[dict[str, Any], int]]] = defaultdict(list)
         self.unknown: list[str] = []
@@ -267,7 +266,7 @@ class LoraSource:
             )
         if rows == 0 or (columns == 0 and module.form >= 0 and not _is_bias_only(found)):
             raise BadArgument(
-                f"{self.path}: {found[0][0]['stem']} does not state the size of its weight; name the model that it is for"
+                f"{self.path}: {found[0][0]['stem']} does not state the size of its weight; name its model"
             )
         return Size(rows, columns)
 

@@ -1,4 +1,4 @@
-"""How the tools spell what they write: names of modules and roles by format, the counterpart of what the engine reads."""
+"""How the tools spell what they write: names of modules and roles by format, as the engine reads them back."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -207,7 +207,9 @@ def kept_tensors(format: Format, unit: Unit, change: Change, weight: float) -> d
     if weight != 1:
         if magnitude is not None or change.kind in ("oft", "boft"):
             kind = "DoRA" if magnitude is not None else change.kind.upper()
-            raise Unsupported(f"{unit.stem}: {kind} cannot be scaled by {weight:g} alone; name the model and give a rank")
+            raise Unsupported(
+                f"{unit.stem}: {kind} cannot be scaled by {weight:g} alone; name the model and give a rank"
+            )
         if change.kind in ("diff", "ia3"):
             role = "diff" if change.kind == "diff" else "weight"
             factors[role] = factors[role] * np.float32(weight)

@@ -9,7 +9,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BadArgument
@@ -61,8 +60,8 @@ def convert(
         Io: A file cannot be read or written.
     """
     base = _model(model)
-    source = _open(path, family, base)
-    plan = Plan(spelling.format_of(to, source.family), type=type, threads=_threads(threads))
+    source = open_lora(path, family, base)
+    plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
     return rewrite([Input(source)], Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
@@ -114,7 +113,7 @@ def merge(
         density=_density(method, density),
         seed=seed,
         type=type,
-        threads=_threads(threads),
+        threads=threads_of(threads),
     )
     return rewrite(inputs, Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
@@ -164,7 +163,7 @@ def prune(
     if not keep and not drop:
         raise BadArgument("prune: give patterns to keep or to drop, such as --drop 'clip.*'")
     base = _model(model)
-    source = _open(path, family, base)
+    source = open_lora(path, family, base)
     names = [f"{m.component}.{m.name}" for i in source.modules() if (m := source.outline.modules[i])]
     for pattern in (*keep, *drop):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -175,16 +174,14 @@ def prune(
         return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
     plan = Plan(
-        spelling.format_of(to or default_format(source), source.family), threads=_threads(threads), keep=stays
+        spelling.format_of(to or default_format(source), source.family), threads=threads_of(threads), keep=stays
     )
     return rewrite([Input(source)], Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def default_format(source: LoraSource) -> str:
     """The format that most of a file's modules have, or the nearest that is written."""
-    known = Counter(
-        _NEAREST.get(str(stem["format"]), "kohya") for stem in source.native.stems() if not stem["absent"]
-    )
+    known = Counter(_NEAREST.get(str(stem["format"]), "kohya") for stem in source.native.stems() if not stem["absent"])
     return known.most_common(1)[0][0]
 
 
@@ -216,7 +213,9 @@ def read_tag(text: str) -> LoraTag:
     positional = [float(option) for option in options if "=" not in option]
     named = dict(option.split("=", 1) for option in options if "=" in option)
     if len(positional) > 2:
-        raise BadArgument(f"{shown(text)}: has {len(positional)} ratios; there are one for the text encoders and one for the rest")
+        raise BadArgument(
+            f"{shown(text)}: has {len(positional)} ratios; there are one for the text encoders and one for the rest"
+        )
     te = positional[0] if positional else 1.0
     unet = positional[-1] if positional else 1.0
     te, unet = float(named.get("te", te)), float(named.get("unet", unet))
@@ -243,7 +242,7 @@ def _input(lora: tuple[AnyPath, float] | LoraTag | str, family: str | None, mode
     elif not isinstance(lora, LoraTag):
         name, ratio = lora
         lora = LoraTag(os.fspath(name), ratio, ratio)
-    source = _open(lora.name, family, model)
+    source = open_lora(lora.name, family, model)
     blocks = ()
     if lora.lbw is not None:
         if source.family not in FAMILIES_WITH_BLOCKS:
@@ -253,7 +252,8 @@ def _input(lora: tuple[AnyPath, float] | LoraTag | str, family: str | None, mode
     return Input(source, te, unet, blocks)
 
 
-def _open(path: AnyPath, family: str | None, model: Model | None) -> LoraSource:
+def open_lora(path: AnyPath, family: str | None, model: Model | None) -> LoraSource:
+    """A LoRA file, against a model's own modules where it is at hand."""
     if model is None:
         return LoraSource(path, family=family)
     return LoraSource(path, outline=model.outline, sizes=model.sizes)
@@ -275,10 +275,8 @@ def _finite(what: str, number: float) -> float:
     return float(number)
 
 
-def _threads(threads: int | None) -> int:
+def threads_of(threads: int | None) -> int:
+    """How many modules to work on at a time."""
     if threads is not None and threads < 1:
         raise BadArgument(f"threads {threads}: must be 1 or more")
     return threads or min(4, os.cpu_count() or 1)
-
-
-__all__ = ["convert", "default_format", "merge", "prune", "read_tag", "replace", "resize", "scale"]

@@ -119,7 +119,9 @@ def test_diffusers_own_converter_reads_what_we_write_for_kohya(tmp_path: Path) -
     source = lora_files.save(tmp_path / "a.safetensors", tensors)
     tools.convert(source, tmp_path / "kohya.safetensors", to="kohya")
     state = load_file(tmp_path / "kohya.safetensors")
-    assert set(state) == {f"lora_unet_single_blocks_0_linear1.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert set(state) == {
+        f"lora_unet_single_blocks_0_linear1.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
     theirs = _convert_kohya_flux_lora_to_diffusers(state)
     for stem, change in want.items():
         a, b = (theirs[f"{stem}.lora_{side}.weight"].double().numpy() for side in "AB")
