@@ -9,6 +9,7 @@ from typing import Any, TypedDict, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Buffer
 
 _Spans = Sequence[tuple[str | None, float]]  # without text: a BREAK
 
@@ -59,6 +60,26 @@ class _Weight(TypedDict):
     type: str
     file_type: str
     shape: tuple[int, ...]
+
+class _Type(TypedDict):
+    name: str
+    number: int
+    block: int
+    block_bytes: int
+    can_read: bool
+    can_write: bool
+    wants_importance: bool
+
+class _Declared(TypedDict):
+    name: str
+    diffusers_name: str
+    shape: tuple[int, ...]
+    first_row: int
+    rows: int
+    swap_halves: bool
+    table: bool
+
+_Stored = tuple[str, str, tuple[int, ...], int, bytes, int, int]  # name, type, shape, dims, path, offset, bytes
 
 @final
 class Preview:
@@ -117,6 +138,19 @@ class Context:
     def inspect_lora(self, path: str | bytes) -> str: ...
     def lora_drift(self) -> float: ...
 
+class LoraFile:
+    def __init__(
+        self,
+        path: str | bytes,
+        outline: Sequence[tuple[str, str, Sequence[int], Sequence[tuple[str, int, int, bool]], bool]],
+    ) -> None: ...
+    def report(self) -> str: ...
+    def stems(self) -> list[dict[str, Any]]: ...
+    def read(self, stem: int) -> list[dict[str, Any]]: ...
+    def delta(
+        self, stem: int, module: int, rows: int, base: NDArray[np.float32] | None = None, multiplier: float = 1.0
+    ) -> NDArray[np.float32]: ...
+
 def version() -> str: ...
 def build_info() -> str: ...
 def samplers() -> list[str]: ...
@@ -125,6 +159,23 @@ def rngs() -> list[str]: ...
 def families() -> list[str]: ...
 def devices() -> list[_Device]: ...
 def add_rpc_devices(endpoint: str) -> None: ...
+
+# Weights in files.
+def types() -> list[_Type]: ...
+def convert_rows(
+    from_type: str,
+    data: Buffer,
+    to_type: str,
+    rows: int,
+    row_length: int,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]: ...
+def list_tensors(
+    model: str | bytes, components: Mapping[str, str | bytes] = ...
+) -> tuple[list[_Stored], dict[str, str]]: ...
+def list_weights(
+    model: str | bytes, *, components: Mapping[str, str | bytes] = ..., data_dir: str | bytes
+) -> tuple[str, list[_Declared]]: ...
 
 # For tests and tools; free to change.
 def probe_run(context: Context, network: str, **arrays: ArrayLike) -> NDArray[np.float32]: ...

@@ -1,24 +1,21 @@
-"""The command line: sdcpp generate, info, doctor.
+"""The command line: sdcpp generate, info, doctor; more is in cli_lora.py and cli_weights.py.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
 
 import contextlib
 import itertools
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import __version__, _native, doctor, files
+from . import __version__, _native, cli_weights, doctor, files
+from .cli_lora import app as lora_app
+from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
 from .context import SDContext
-from .errors import BadArgument, BadFile, Io, SdcppError, Unsupported
+from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
 
 app = typer.Typer(
@@ -28,9 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-lora_app = typer.Typer(no_args_is_help=True)
-app.add_typer(lora_app, name="lora", help="Look into LoRA files.")
-console = Console(stderr=True)
+app.add_typer(lora_app, name="lora", help="Look into LoRA files; convert, merge, resize, extract and bake them.")
+cli_weights.add_to(app)
 
 
 def main() -> None:
@@ -100,8 +96,8 @@ def generate(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
 ) -> None:
     """Paint a picture, or several."""
-    _log(verbose)
-    with _one_sentence():
+    set_up_log(verbose)
+    with one_sentence():
         told = Parameters() if like is None else parse_parameters(read_parameters(like))
         if prompt is None and like is None:
             raise typer.BadParameter('give a prompt, such as "a red heart"', param_hint="PROMPT")
@@ -133,7 +129,7 @@ def generate(
             repeated.setdefault("rng", "cuda")  # webui does not name its default
 
         with (
-            _progress(quiet) as on_step,
+            steps_bar(quiet) as on_step,
             SDContext(
                 model or _known("model", like, told.model, told.model_hash),
                 vae=vae or _known("vae", like, told.vae, told.vae_hash),
@@ -208,27 +204,6 @@ def _numbered(first: Path) -> Iterator[Path]:
         yield first.with_stem(f"{first.stem}-{k}")
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------------
-
-
-@lora_app.command("inspect")
-def inspect_lora(
-    file: Annotated[Path, typer.Argument(help="A LoRA file, or a folder that PEFT saved.", show_default=False)],
-    model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Model to fit it to. [default: the one that ships]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
-) -> None:
-    """Show what a LoRA file holds, and what of it fits a model."""
-    _log(verbose=False)
-    with _one_sentence(), SDContext(model) as sd_ctx:
-        report = sd_ctx.inspect_lora(file)
-        if as_json:
-            typer.echo(report.to_json())
-        else:
-            Console().print(report.table())
-
-
 # ---- info and doctor -----------------------------------------------------------------------------------
 
 
@@ -237,83 +212,20 @@ def info(
     file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
 ) -> None:
     """Show the parameters of a picture, or what a model file holds."""
-    _log(verbose=False)
-    with _one_sentence():
+    set_up_log(verbose=False)
+    with one_sentence():
         if is_picture(file):
             typer.echo(read_parameters(file))
         else:
-            _print_rows([("file", str(file)), *_model_rows(file)])
-
-
-def _model_rows(path: Path) -> Iterator[tuple[str, str]]:
-    tensors = _native.probe_checkpoint(str(path), data=False)
-    types = Counter(type for _, type, _, _ in tensors)
-    parts = Counter(name.partition(".")[0] for name, _, _, _ in tensors)
-    total = sum(size for *_, size in tensors if isinstance(size, int))
-    try:
-        with SDContext(path) as sd_ctx:
-            model = sd_ctx.info
-            yield "family", model.family
-            yield "prediction", model.prediction
-            yield "native size", f"{model.native_size} x {model.native_size}"
-            yield "input channels", str(model.input_channels)
-    except (BadFile, Unsupported) as error:
-        yield "family", f"none ({error})"
-    yield "tensors", f"{len(tensors):,}, {total / 1e6:,.1f} MB"
-    yield "types", ", ".join(f"{name} ({n:,})" for name, n in types.most_common())
-    yield "parts", ", ".join(f"{name} ({n:,})" for name, n in parts.most_common(12))
-    yield "hash", files.model_hash(path) or "none"
+            cli_weights.print_info(file)
 
 
 @app.command(name="doctor")
 def _doctor() -> None:
     """Show versions, processor, devices, and how to get a faster build."""
-    with _one_sentence():
+    with one_sentence():
         for title, rows in doctor.report():
             typer.echo(f"{title}")
-            _print_rows(rows)
+            print_rows(rows)
         typer.echo("A build of ggml for this very machine is faster than the one that pip installs:")
         typer.echo(f"  {doctor.faster_build()}")
-
-
-# ---- shared --------------------------------------------------------------------------------------------
-
-
-def _print_rows(rows: list[tuple[str, str]]) -> None:
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        typer.echo(f"  {name:<{width}}  {value}")
-
-
-@contextlib.contextmanager
-def _one_sentence() -> Iterator[None]:
-    try:
-        yield
-    except SdcppError as error:
-        _fail(str(error), 1)
-    except MemoryError:
-        _fail("there is not enough memory; paint smaller or fewer pictures", 1)
-    except KeyboardInterrupt:
-        _fail("stopped; nothing more is written", 130)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int, Any], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task("opening", total=None)
-
-        def on_step(step: int, steps: int, preview: object) -> None:
-            progress.update(task, description="painting", completed=step, total=steps)
-
-        yield on_step
-
-
-def _log(verbose: bool) -> None:
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(message)s", handlers=[handler])

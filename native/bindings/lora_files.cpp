@@ -1,4 +1,4 @@
-// LoRA files and checkpoints without a model, as sdcpp_py.lora's tools see them.
+// LoRA files without a model, as sdcpp_py.lora's tools see them.
 #include "crossing.h"
 
 #include "sdcpp_probe.h"
@@ -16,14 +16,6 @@ using namespace binding;
 using Part = std::tuple<std::string, int64_t, int64_t, bool>;
 // Name, diffusers' name, shape, parts, and whether it is a table of embeddings.
 using OutlineWeight = std::tuple<std::string, std::string, std::vector<int64_t>, std::vector<Part>, bool>;
-
-py::tuple shape_of(const int64_t * sizes, int dims) {
-    py::tuple out(dims);
-    for (int i = 0; i < dims; i++) {
-        out[i] = sizes[i];
-    }
-    return out;
-}
 
 class LoraFile {
   public:
@@ -125,45 +117,6 @@ class LoraFile {
     py::str report_;
 };
 
-class Checkpoint {
-  public:
-    explicit Checkpoint(const std::string & path) {
-        const char * files = c_text(path, "path");
-        sd_checkpoint * opened = nullptr;
-        check(released([&] { return sd_checkpoint_open(files, &opened); }));
-        handle_ = std::shared_ptr<sd_checkpoint>(opened, sd_checkpoint_close);
-    }
-
-    // (name, type, shape, bytes) each.
-    py::list tensors() const {
-        py::list out;
-        sd_stored_tensor tensor;
-        for (int i = 0; sd_checkpoint_tensor(handle_.get(), i, &tensor); i++) {
-            std::reverse(tensor.ne, tensor.ne + std::min(tensor.dims, 4));
-            out.append(py::make_tuple(text(tensor.name), text(tensor.type),
-                                      shape_of(tensor.ne, std::min(tensor.dims, 4)), tensor.bytes));
-        }
-        return out;
-    }
-
-    // The elements as floats.
-    Floats read(int index) const {
-        sd_stored_tensor tensor;
-        if (!sd_checkpoint_tensor(handle_.get(), index, &tensor)) {
-            raise(SD_BAD_ARGUMENT, py::str("the checkpoint has no tensor {}").format(index));
-        }
-        const int dims = std::min(tensor.dims, 4);
-        std::reverse(tensor.ne, tensor.ne + dims);
-        Floats out(Sizes(tensor.ne, tensor.ne + dims));
-        float * data = out.mutable_data();
-        check(released([&] { return sd_checkpoint_read(handle_.get(), index, data); }));
-        return out;
-    }
-
-  private:
-    std::shared_ptr<sd_checkpoint> handle_;
-};
-
 } // namespace
 
 void bind_lora_files(py::module_ & m) {
@@ -174,9 +127,4 @@ void bind_lora_files(py::module_ & m) {
         .def("read", &LoraFile::read, "stem"_a)
         .def("delta", &LoraFile::delta, "stem"_a, "module"_a, "rows"_a, "base"_a = py::none(),
              "multiplier"_a = 1.0f);
-
-    py::class_<Checkpoint>(m, "Checkpoint")
-        .def(py::init<const std::string &>(), "path"_a)
-        .def("tensors", &Checkpoint::tensors)
-        .def("read", &Checkpoint::read, "index"_a);
 }

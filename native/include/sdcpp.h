@@ -138,6 +138,60 @@ SD_API sd_model_info sd_get_model_info(const sd_ctx * ctx);
 // A hash of all resident weights: 64 hexadecimal digits and a final 0.
 SD_API sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]);
 
+// ---- weights in files ----------------------------------------------------------------------------------
+
+// A type of elements in files.
+typedef struct sd_type {
+    const char * name;             // "q8_0"
+    int          number;           // in GGUF files; types that only safetensors has are from 1000 up
+    int64_t      block;            // elements of a row that are stored together; 1 where not quantised
+    size_t       block_bytes;
+    bool         can_read, can_write; // by sd_convert_rows()
+    bool         wants_importance; // quantises poorly without
+} sd_type;
+
+// Fills `type` and returns true, or returns false past the end.
+SD_API bool sd_get_type(int index, sd_type * type);
+
+// Rows of elements of one type as another, by way of f32; quantised by ggml's own routines. `importance` has a weight
+// per column, or is NULL. Rows do not depend on each other: several threads may convert different ones.
+SD_API sd_status sd_convert_rows(const char * from_type, const void * from, const char * to_type, void * to,
+                                 int64_t rows, int64_t row_length, const float * importance);
+
+// A tensor as it lies in its file. Strings live during the call only.
+typedef struct sd_stored {
+    const char * name;   // as a single file spells it, or "unet.…", "vae.…" of a diffusers folder
+    const char * type;
+    int          dims;   // as the file states it; beyond 4 they are folded into ne[3]
+    int64_t      ne[4];  // the fastest dimension first; 1 beyond `dims`
+    const char * path;
+    size_t       offset, bytes;
+} sd_stored;
+
+// Return false to stop.
+typedef bool (*sd_on_stored)(const sd_stored * tensor, void * user);
+typedef bool (*sd_on_metadata)(const char * key, const char * value, void * user);
+
+// The tensors of a model's files and its metadata, without opening it; nothing is read but headers.
+SD_API sd_status sd_list_tensors(const char * model, const sd_component * components, int n_components,
+                                 sd_on_stored on_tensor, sd_on_metadata on_metadata, void * user);
+
+// A weight that a family declares, or a part of a fused one. Strings live during the call only.
+typedef struct sd_declared {
+    const char * name;            // as single files spell it
+    const char * diffusers_name;  // as diffusers folders spell it; "" where they have none
+    int64_t      ne[4];           // of the whole weight
+    int64_t      first_row, rows; // of the part
+    bool         swap_halves;     // diffusers has the two halves of these rows the other way round
+    bool         table;           // of embeddings: its rows are looked up, not multiplied
+} sd_declared;
+
+typedef bool (*sd_on_declared)(const sd_declared * weight, void * user);
+
+// The weights that a model's family declares, without loading it. `family` is set to its name.
+SD_API sd_status sd_list_weights(const sd_open_params * params, const char ** family, sd_on_declared on_weight,
+                                 void * user);
+
 // ---- painting ------------------------------------------------------------------------------------------
 
 // A run of text and how strongly to follow it; 1 is plain. A NULL text is a BREAK: the next span begins a

@@ -132,24 +132,6 @@ SD_API sd_status sd_lora_file_read(const sd_lora_file * file, int stem, sd_recei
 SD_API sd_status sd_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base,
                                     float multiplier, sd_receive receive, void * user);
 
-// ---- a checkpoint's tensors, one at a time ----------------------------------------------------------------
-
-typedef struct sd_checkpoint sd_checkpoint;
-SD_API sd_status sd_checkpoint_open(const char * path, sd_checkpoint ** checkpoint);
-SD_API void      sd_checkpoint_close(sd_checkpoint * checkpoint);
-
-typedef struct sd_stored_tensor {
-    const char * name;
-    const char * type;
-    int          dims;
-    int64_t      ne[4];
-    size_t       bytes;
-} sd_stored_tensor;
-SD_API bool sd_checkpoint_tensor(const sd_checkpoint * checkpoint, int index, sd_stored_tensor * tensor);
-
-// Writes the tensor's elements as floats.
-SD_API sd_status sd_checkpoint_read(const sd_checkpoint * checkpoint, int index, float * to);
-
 #ifdef __cplusplus
 }
 #endif

@@ -5,7 +5,7 @@
 #include "context.h"
 #include "core/error.h"
 #include "lora/lora_outline.h"
-#include "nn/dequantise.h"
+#include "nn/convert.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
 #include "sampling/schedule.h"
@@ -149,6 +149,24 @@ sd::LoraOptions to_lora_options(const sd_open_params & from) {
     return options;
 }
 
+std::vector<sd::ComponentFile> to_components(const sd_component * from, int n) {
+    std::vector<sd::ComponentFile> components;
+    for (int i = 0; i < n; ++i) {
+        need(from, "components");
+        components.push_back({or_empty(from[i].role), or_empty(from[i].path)});
+    }
+    return components;
+}
+
+sd::DType type_named(const char * name) {
+    need(name, "the name of a type");
+    const sd::DTypeInfo * info = sd::dtype_by_name(name);
+    if (!info) {
+        sd::fail(sd::Status::bad_argument, "type '%s' is not known; q8_0, q4_K and f16 are", name);
+    }
+    return info->type;
+}
+
 sd::Tensor to_tensor(const sd_tensor & from) {
     constexpr int64_t limit = int64_t(1) << 32; // numbers; a test's tensor is far below
     int64_t           n = 1;
@@ -237,10 +255,7 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         need(params->model, "params.model");
         sd::OpenParams open;
         open.model = params->model;
-        for (int i = 0; i < params->n_components; ++i) {
-            need(params->components, "params.components");
-            open.components.push_back({or_empty(params->components[i].role), or_empty(params->components[i].path)});
-        }
+        open.components = to_components(params->components, params->n_components);
         open.data_dir = or_empty(params->data_dir);
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
@@ -282,6 +297,87 @@ sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]) {
         need(ctx, "ctx");
         need(hex, "hex");
         std::memcpy(hex, ctx->context.fingerprint().c_str(), 65);
+    });
+}
+
+bool sd_get_type(int index, sd_type * type) {
+    const sd::DTypeInfo * info = sd::dtype_at(index);
+    if (!type || !info) {
+        return false;
+    }
+    *type = {info->name, static_cast<int>(info->type), info->block, info->block_bytes,
+             sd::can_read(info->type), sd::can_write(info->type), sd::wants_importance(info->type)};
+    return true;
+}
+
+sd_status sd_convert_rows(const char * from_type, const void * from, const char * to_type, void * to, int64_t rows,
+                          int64_t row_length, const float * importance) {
+    return guarded([&] {
+        if (rows < 0 || row_length < 0) {
+            sd::fail(sd::Status::bad_argument, "%lld rows of %lld: both must be from 0 up", static_cast<long long>(rows),
+                     static_cast<long long>(row_length));
+        }
+        need(from, "from");
+        need(to, "to");
+        sd::convert_rows(type_named(from_type), from, type_named(to_type), to, rows, row_length, importance);
+    });
+}
+
+sd_status sd_list_tensors(const char * model, const sd_component * components, int n_components,
+                          sd_on_stored on_tensor, sd_on_metadata on_metadata, void * user) {
+    return guarded([&] {
+        need(model, "model");
+        const sd::Checkpoint checkpoint = sd::Checkpoint::open(model, to_components(components, n_components));
+        for (const sd::StoredTensor & tensor : checkpoint.tensors()) {
+            const sd_stored stored{tensor.name.c_str(),
+                                   sd::dtype_name(tensor.type),
+                                   tensor.dims,
+                                   {tensor.ne[0], tensor.ne[1], tensor.ne[2], tensor.ne[3]},
+                                   tensor.file->path().c_str(),
+                                   tensor.offset,
+                                   tensor.bytes};
+            if (on_tensor && !on_tensor(&stored, user)) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
+        for (const auto & [key, value] : checkpoint.metadata()) {
+            if (on_metadata && !on_metadata(key.c_str(), value.c_str(), user)) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
+    });
+}
+
+sd_status sd_list_weights(const sd_open_params * params, const char ** family, sd_on_declared on_weight, void * user) {
+    return guarded([&] {
+        need(params, "params");
+        need(params->model, "params.model");
+        sd::WeightStore weights(sd::Checkpoint::open(params->model, to_components(params->components, params->n_components)));
+        const sd::Family & known = sd::recognise(weights.checkpoint());
+        const auto         pipeline = known.open(weights, {or_empty(params->data_dir), or_empty(params->prediction)});
+        if (family) {
+            *family = known.name;
+        }
+        for (const sd::Weight & weight : weights.weights()) {
+            sd_declared declared{weight.name.c_str(),
+                                 weight.diffusers.c_str(),
+                                 {weight.ne[0], weight.ne[1], weight.ne[2], weight.ne[3]},
+                                 0,
+                                 weight.ne[1] * weight.ne[2] * weight.ne[3],
+                                 false,
+                                 weight.table};
+            bool go_on = !on_weight || !weight.parts.empty() || on_weight(&declared, user);
+            for (const sd::WeightPart & part : weight.parts) {
+                declared.diffusers_name = part.diffusers.c_str();
+                declared.first_row = part.first_row;
+                declared.rows = part.rows;
+                declared.swap_halves = part.swap_halves;
+                go_on = go_on && (!on_weight || on_weight(&declared, user));
+            }
+            if (!go_on) {
+                sd::fail(sd::Status::cancelled, "the list was stopped");
+            }
+        }
     });
 }
 
@@ -494,7 +590,7 @@ sd_status sd_probe_checkpoint(const char * path, sd_probe_stored each, void * us
     });
 }
 
-// ---- LoRA files and checkpoints without a model ---------------------------------------------------------
+// ---- LoRA files without a model ---------------------------------------------------------
 
 struct sd_lora_file {
     sd::LoraOutline reader;
@@ -641,42 +737,5 @@ sd_status sd_lora_file_delta(const sd_lora_file * file, int stem, int module, co
         }
         give(file->reader.delta(static_cast<size_t>(stem), static_cast<size_t>(module), base, multiplier), receive,
              user);
-    });
-}
-
-struct sd_checkpoint {
-    sd::Checkpoint files;
-};
-
-sd_status sd_checkpoint_open(const char * path, sd_checkpoint ** checkpoint) {
-    return guarded([&] {
-        need(path, "path");
-        need(checkpoint, "checkpoint");
-        *checkpoint = nullptr;
-        *checkpoint = new sd_checkpoint{sd::Checkpoint::open(path)};
-    });
-}
-
-void sd_checkpoint_close(sd_checkpoint * checkpoint) { delete checkpoint; }
-
-bool sd_checkpoint_tensor(const sd_checkpoint * checkpoint, int index, sd_stored_tensor * tensor) {
-    if (!checkpoint || !tensor || !is_index(checkpoint->files.tensors(), index)) {
-        return false;
-    }
-    const sd::StoredTensor & stored = checkpoint->files.tensors()[index];
-    *tensor = {stored.name.c_str(), sd::dtype_name(stored.type), stored.dims,
-               {stored.ne[0], stored.ne[1], stored.ne[2], stored.ne[3]}, stored.bytes};
-    return true;
-}
-
-sd_status sd_checkpoint_read(const sd_checkpoint * checkpoint, int index, float * to) {
-    return guarded([&] {
-        need(checkpoint, "checkpoint");
-        need(to, "to");
-        if (!is_index(checkpoint->files.tensors(), index)) {
-            sd::fail(sd::Status::bad_argument, "the checkpoint has no tensor %d", index);
-        }
-        sd::dequantise(checkpoint->files.tensors()[index], to);
-        checkpoint->files.verify_unchanged();
     });
 }

@@ -9,8 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from .. import _native
 from ..errors import BadFile
+from ..weights import open_source
 from .outline import DIFFUSERS, LINEAR, UNet, outline_of
 from .source import Floats, Size
 
@@ -68,7 +68,7 @@ class Model:
         path: The file, or the diffusers folder.
         outline: The modules of its family, in its own structure.
         sizes: Of the weights that it has.
-        tensors: (name, type, shape, bytes) of everything in it.
+        tensors: Everything in it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -80,10 +80,10 @@ class Model:
             Io: It cannot be read.
         """
         self.path = Path(path)
-        self.native = _native.Checkpoint(os.fsencode(self.path))
-        self.tensors = self.native.tensors()
-        names = [name for name, *_ in self.tensors]
-        self.outline = outline_of(*_structure(self.path, names, [shape for _, _, shape, _ in self.tensors]))
+        self.source = open_source(self.path)
+        self.tensors = self.source.tensors
+        names = [tensor.name for tensor in self.tensors]
+        self.outline = outline_of(*_structure(self.path, names, [tensor.shape for tensor in self.tensors]))
         self.slices: dict[tuple[int, str], list[Slice]] = {}
         for one in self._slices(names):
             self.slices.setdefault((one.module, one.leaf), []).append(one)
@@ -109,7 +109,7 @@ class Model:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _rows(self, one: Slice) -> Floats:
-        values = self.native.read(one.tensor)
+        values = self.tensors[one.tensor].array()
         rows = values.reshape(values.shape[0], -1) if values.ndim > 1 else values.reshape(-1, 1)
         at, of = one.part
         height = rows.shape[0] // of
@@ -159,7 +159,7 @@ class Model:
         for (i, leaf), found in self.slices.items():
             if leaf != "weight":
                 continue
-            shapes = [self.tensors[one.tensor][2] for one in found]
+            shapes = [self.tensors[one.tensor].shape for one in found]
             rows = sum(shape[0] // one.part[1] for shape, one in zip(shapes, found, strict=True))
             columns = int(np.prod(shapes[0][1:])) if len(shapes[0]) > 1 else 0
             units = sum(one.units for one in found)

@@ -4,6 +4,7 @@
 #include "checkpoint/diffusers_folder.h"
 #include "checkpoint/gguf.h"
 #include "checkpoint/safetensors.h"
+#include "checkpoint/shards.h"
 #include "core/error.h"
 #include "core/words.h"
 
@@ -22,7 +23,7 @@ namespace {
     if (begins_with("PK\x03\x04") || (file.size() >= 2 && file.data()[0] == 0x80 && file.data()[1] <= 5)) {
         fail(Status::unsupported,
              "%s: is a pickle (.ckpt, .pt, .bin), which could run programs and is not opened here; "
-             "convert it to safetensors",
+             "convert it with sdcpp convert, which runs nothing",
              path);
     }
     if (begins_with("version https://git-lfs")) {
@@ -71,7 +72,10 @@ void Checkpoint::verify_unchanged() const {
 
 void Checkpoint::add_main() {
     if (!is_folder(path_)) {
-        tensors_ = read(path_, metadata_);
+        for (const std::string & file : shard_files(path_)) {
+            std::vector<StoredTensor> tensors = read(file, metadata_);
+            std::move(tensors.begin(), tensors.end(), std::back_inserter(tensors_));
+        }
     } else {
         for (const std::string & component : folder_components(path_)) {
             const std::string folder = path_in(path_, component);
@@ -100,7 +104,7 @@ void Checkpoint::add_component(const ComponentFile & given) {
     const bool                         in_folder = is_folder(given.path);
     std::vector<StoredTensor>          tensors;
     std::map<std::string, std::string> metadata;
-    for (const std::string & file : in_folder ? component_files(given.path) : std::vector{given.path}) {
+    for (const std::string & file : in_folder ? component_files(given.path) : shard_files(given.path)) {
         for (StoredTensor & tensor : read(file, metadata)) {
             tensors.push_back(std::move(tensor));
         }

@@ -3,6 +3,7 @@
 #include "core/dtype.h"
 
 #include <cctype>
+#include <iterator>
 
 namespace sd {
 namespace {
@@ -80,6 +81,10 @@ const DTypeInfo * dtype_by_name(const char * name) {
         }
     }
     return nullptr;
+}
+
+const DTypeInfo * dtype_at(int index) {
+    return index >= 0 && static_cast<size_t>(index) < std::size(TYPES) ? &TYPES[index] : nullptr;
 }
 
 const char * dtype_name(DType type) {

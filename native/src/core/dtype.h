@@ -27,6 +27,7 @@ struct DTypeInfo {
 const DTypeInfo * dtype_info(int32_t type);
 const DTypeInfo * dtype_by_name(const char * name);
 const char *      dtype_name(DType type);
+const DTypeInfo * dtype_at(int index); // all of them in turn; null past the end
 
 inline bool is_quantised(DType type) { return dtype_info(static_cast<int32_t>(type))->block > 1; }
 

@@ -57,13 +57,17 @@ inline uint16_t f32_to_bf16(float value) {
 
 float f8_e4m3_to_f32(uint8_t value);
 
+// Beyond the largest: NaN, and infinity.
+uint8_t f32_to_f8_e4m3(float value);
+uint8_t f32_to_f8_e5m2(float value);
+
 // A half without its lower byte.
 inline float f8_e5m2_to_f32(uint8_t value) { return f16_to_f32(static_cast<uint16_t>(value << 8)); }
 
 // `n` values of any type that is not quantised; `from` may be unaligned. Beyond 24 bits integers round.
 void to_f32(DType type, const void * from, float * to, size_t n);
 
-// To f32, f16 or bf16; `to` may be unaligned.
+// To f32, f16, bf16 or an 8-bit float; `to` may be unaligned.
 void from_f32(DType type, const float * from, void * to, size_t n);
 
 } // namespace sd

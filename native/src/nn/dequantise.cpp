@@ -7,18 +7,20 @@
 
 namespace sd {
 
-void dequantise(const StoredTensor & stored, float * to) {
-    const int64_t n = count(stored.ne);
-    if (!is_quantised(stored.type)) {
-        to_f32(stored.type, stored.data(), to, static_cast<size_t>(n));
-        return;
+void dequantise(DType type, const void * from, float * to, int64_t n) {
+    if (is_quantised(type)) {
+        ggml_get_type_traits(static_cast<ggml_type>(type))->to_float(from, to, n);
+    } else {
+        to_f32(type, from, to, static_cast<size_t>(n));
     }
-    const auto to_float = ggml_get_type_traits(static_cast<ggml_type>(stored.type))->to_float;
-    if (!to_float) {
+}
+
+void dequantise(const StoredTensor & stored, float * to) {
+    if (is_quantised(stored.type) && !ggml_get_type_traits(static_cast<ggml_type>(stored.type))->to_float) {
         fail(Status::unsupported, "%s: tensor '%s' is of type %s, which cannot be turned into floats",
              stored.file->path().c_str(), stored.name.c_str(), dtype_name(stored.type));
     }
-    to_float(stored.data(), to, n);
+    dequantise(stored.type, stored.data(), to, count(stored.ne));
 }
 
 } // namespace sd

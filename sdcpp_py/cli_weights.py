@@ -1,0 +1,161 @@
+"""The commands for weights: sdcpp convert, quality, and what info tells of a model file."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import files
+from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
+from .errors import BadArgument
+from .quality import compare
+from .weights import TYPES
+from .weights.convert import convert as convert_weights
+from .weights.info import LONGEST_VALUE, Holdings, describe
+from .weights.write import Plan
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
+_WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Makes the commands known."""
+    app.command()(convert)
+    app.command()(quality)
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help=".safetensors, .gguf, .ckpt, .pt, .bin, or a diffusers folder.", show_default=False
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help=".gguf or .safetensors.", show_default=False)],
+    type: Annotated[
+        str | None,
+        typer.Option(help=f"Of the matrices: {_WRITTEN}. [default: as they are]"),
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE", help="For tensors whose name matches; may be repeated, the first match counts."
+        ),
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Put this autoencoder into the file.")] = None,
+    clip_l: Annotated[Path | None, typer.Option(help="Put this text encoder into the file.")] = None,
+    only: Annotated[str | None, typer.Option(help="Write one part alone: denoiser, vae, clip_l, clip_g or t5.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave these tensors out; may be repeated.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix, which tells the columns that matter.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest size of a file: 2G, 500M; more are numbered.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="That convert. [default: one per core]")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what would be written.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar, no summary.")] = False,
+) -> None:
+    """Convert a model to another file format or type of weights."""
+    set_up_log(verbose=False)
+    with one_sentence(), work_bar(quiet or dry_run) as on_progress:
+        plan = convert_weights(
+            source,
+            target,
+            type=type,
+            tensor_types=[_rule(text) for text in tensor_type or []],
+            components={role: path for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None},
+            only=only,
+            drop=drop or [],
+            imatrix=imatrix,
+            split=None if split is None else _size(split),
+            threads=threads,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
+    if not quiet:
+        _print_plan(plan)
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, equals, type = text.rpartition("=")
+    if not equals:
+        raise BadArgument(f"tensor-type {text!r}: expected REGEX=TYPE, such as 'attn2=q8_0'")
+    return pattern, type
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)B?", text)
+    if not found:
+        raise BadArgument(f"split {text!r}: expected a size such as 2G or 500M")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _print_plan(plan: Plan) -> None:
+    for path in plan.paths:
+        typer.echo(str(path))
+    rows = [(name, f"{n:,} tensors, {size / 1e6:,.1f} MB") for name, (n, size) in plan.by_type().items()]
+    print_rows([*rows, ("together", f"{len(plan.tensors):,} tensors, {plan.bytes / 1e6:,.1f} MB")])
+    for note in plan.notes:
+        typer.echo(f"  {note}")
+
+
+def quality(
+    source: Annotated[Path, typer.Argument(metavar="A", help="The model that B was made from.", show_default=False)],
+    converted: Annotated[Path, typer.Argument(metavar="B", help="The model to judge.", show_default=False)],
+    prompt: Annotated[list[str] | None, typer.Option(help="Paint this with both; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first picture.")] = 0,
+    steps: Annotated[int, typer.Option(help="Of each picture.")] = 20,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    worst: Annotated[int, typer.Option(help="How many tensors to show.")] = 5,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Show how much a converted model differs from its source."""
+    set_up_log(verbose=False)
+    with one_sentence(), work_bar(quiet) as on_progress:
+        found = compare(
+            source, converted, prompts=prompt or [], seed=seed, steps=steps, threads=threads, on_progress=on_progress
+        )
+    for group in found.by_type():
+        typer.echo(
+            f"{group.type:<8} {group.tensors:>6,} tensors {group.bytes / 1e6:>10,.1f} MB"
+            f"   relative RMSE {group.relative_rmse:.2e}   largest {group.largest:.2e}"
+        )
+    if worst > 0:
+        typer.echo("the worst:")
+    for error in found.tensors[: max(worst, 0)]:
+        typer.echo(f"  {error.relative_rmse:.2e}  {error.source_type} to {error.type}  {error.name}")
+    for picture in found.pictures:
+        typer.echo(
+            f"picture {picture.prompt!r} (seed {picture.seed}): {picture.psnr:.1f} dB, "
+            f"RMSE {picture.rmse:.2f} and at most {picture.largest} of 255"
+        )
+    for what, names in (("only in A", found.missing), ("only in B", found.added)):
+        if names:
+            typer.echo(f"{what}: {len(names):,} tensors, first {names[0]}")
+
+
+def print_info(path: Path) -> None:
+    """What sdcpp info tells of a model file."""
+    info = describe(path)
+
+    def size(held: Holdings) -> str:
+        return f"{held.tensors:,} tensors, {held.parameters / 1e6:,.1f} M parameters, {held.bytes / 1e6:,.1f} MB"
+
+    rows = [("file", str(path)), ("family", info.family or "none that is known")]
+    rows.append(("paints", "yes" if info.paints else f"no: {info.missing}"))
+    rows.append(("whole", size(info.whole)))
+    rows += [(f"part {name}", size(held)) for name, held in info.parts.items()]
+    rows += [(f"type {name}", size(held)) for name, held in info.types.items()]
+    rows += [("besides", what) for what in info.left_out]
+    rows.append(("hash", files.model_hash(path) or "none"))
+    rows += [(key, _short(value)) for key, value in sorted(info.metadata.items())]
+    print_rows(rows)
+
+
+def _short(value: str) -> str:
+    line = " ".join(value.split())
+    return line if len(line) <= LONGEST_VALUE else f"{line[:LONGEST_VALUE]}… ({len(value):,} characters)"
