@@ -1,4 +1,4 @@
-"""The command line's part for LoRA files: sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract."""
+"""The command line's part for LoRA files: sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract, bake."""
 
 import json
 from dataclasses import asdict
@@ -10,7 +10,9 @@ from rich.console import Console
 
 from .cli_shared import console, one_sentence, print_rows, set_up_log, work_bar
 from .context import SDContext
+from .errors import BadArgument
 from .lora import tools
+from .lora.bake import bake as bake_loras
 from .lora.compare import LoraDiff
 from .lora.compare import diff as compare_loras
 from .lora.extract import Extracted
@@ -225,6 +227,54 @@ def extract(
             tuned, base, output, rank=rank, energy=energy, to=to, type=type, threads=threads, on_step=on_step
         )
     _tell(result, as_json, quiet)
+
+
+@app.command()
+def bake(
+    model: Annotated[Path, typer.Argument(help="A model file or diffusers folder, not quantised.", show_default=False)],
+    loras: Annotated[
+        list[str],
+        typer.Argument(help='As for merge, or names in --lora-dir; "x:0.8 y:0.3" is two.', show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .gguf or .safetensors file.", show_default=False)],
+    type: Annotated[str | None, typer.Option("--type", help="Of matrices: q8_0, q4_K, f16, … [default: own]")] = None,
+    tensor_type: Annotated[list[str] | None, typer.Option(help="'regex=type', which comes before --type.")] = None,
+    lora_dir: Annotated[Path | None, typer.Option(help="Folder of LoRAs to name as prompts do.")] = None,
+    threads: Annotated[int | None, typer.Option(help="[default: one per core]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell the sizes.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model with LoRAs in it: summed in float32, then quantised once."""
+    set_up_log(verbose=False)
+    with one_sentence(), work_bar(quiet) as on_progress:
+        planned = bake_loras(
+            model,
+            [lora for given in loras for lora in _separate(given)],
+            output,
+            type=type,
+            tensor_types=[_tensor_type(rule) for rule in tensor_type or ()],
+            lora_dir=lora_dir,
+            threads=threads,
+            dry_run=dry_run,
+            on_progress=on_progress,
+        )
+    for note in planned.notes:
+        console.print(note, highlight=False, markup=False)
+    if not quiet:
+        sizes = [(name, f"{n:,} tensors, {size / 1e6:,.1f} MB") for name, (n, size) in planned.by_type().items()]
+        print_rows([("file", ", ".join(map(str, planned.paths))), *sizes])
+
+
+def _separate(given: str) -> list[str]:
+    """Several in one argument, unless its spaces are a file's own."""
+    return [given] if " " not in given or Path(tools.read_tag(given).name).exists() else given.split()
+
+
+def _tensor_type(rule: str) -> tuple[str, str]:
+    pattern, equals, type = rule.rpartition("=")
+    if not equals:
+        raise BadArgument(f"{rule!r}: write it as 'regex=type'")
+    return pattern, type
 
 
 # ---- what is told ----------------------------------------------------------------------------------------

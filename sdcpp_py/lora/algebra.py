@@ -38,8 +38,8 @@ class Pair:
 
     def dense(self) -> Floats:
         """(rows, columns)"""
-        out: Floats = (self.up * np.float32(self.weight)) @ self.down
-        return out
+        up: Floats = self.up * np.float32(self.weight)
+        return up @ self.down
 
     def folded(self) -> "Pair":
         """The same with the weight in up."""
@@ -66,8 +66,8 @@ def exact_pair(change: Change, base: Floats | None = None) -> Pair:
         pair = _unswapped(change, _tucker(f["mid"], f["down"]) if "mid" in f else _flat(f["down"]), f["up"])
     elif change.kind == "loha":
         (up1, down1), (up2, down2) = (_loha_half(change, n) for n in "12")
-        up = np.einsum("oi,oj->oij", up1, up2).reshape(up1.shape[0], -1)
-        down = np.einsum("ic,jc->ijc", down1, down2).reshape(-1, down1.shape[1])
+        up: Floats = np.einsum("oi,oj->oij", up1, up2).reshape(up1.shape[0], -1)
+        down: Floats = np.einsum("ic,jc->ijc", down1, down2).reshape(-1, down1.shape[1])
         pair = _unswapped(change, down, up)
     elif change.kind == "lokr":
         (up1, down1), (up2, down2) = _lokr_half(change, "1"), _lokr_half(change, "2")
@@ -172,8 +172,8 @@ def norm(pair: Pair) -> float:
     """The Frobenius norm of the product, by QR of both factors (float64), which loses nothing to cancellation."""
     if min(pair.up.shape[0], pair.down.shape[1]) <= pair.rank:
         return float(np.linalg.norm(pair.dense().astype(np.float64)))
-    r_up = np.linalg.qr(pair.up.astype(np.float64), mode="r")
-    r_down = np.linalg.qr(pair.down.astype(np.float64).T, mode="r")
+    _, r_up = np.linalg.qr(pair.up.astype(np.float64))
+    _, r_down = np.linalg.qr(pair.down.astype(np.float64).T)
     return abs(pair.weight) * float(np.linalg.norm(r_up @ r_down.T))
 
 

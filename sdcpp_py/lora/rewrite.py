@@ -45,6 +45,11 @@ class Input:
     unet: float = 1.0
     blocks: Blocks = ()
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether any of it goes into the sum."""
+        return bool(self.te or self.unet)
+
     def weight(self, module: Module) -> float:
         """The ratio of one module."""
         is_denoiser = module.component == "denoiser"
@@ -238,8 +243,8 @@ def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> 
             )
         if source.unknown and not skip_unknown:
             raise BadFile(
-                f"{source.path}: {len(source.unknown):,} of its modules mean nothing in {described(source.family)}, "
-                f"first {source.unknown[0]}; skip_unknown leaves them out"
+                f"{source.path}: {len(source.unknown):,} of its modules mean nothing in {described(source.family)}"
+                f"{source.made_for}, first {source.unknown[0]}; skip_unknown leaves them out"
             )
         for i in set(first.sizes) & set(source.sizes):
             mine, theirs = source.sizes[i], first.sizes[i]
@@ -269,8 +274,8 @@ def _make(inputs: Sequence[Input], i: int, plan: Plan, model: Model | None) -> _
         if one.weight(module)
     ]
     type = _common_type([one.source.type_of(i) for one in present])
-    matrices = [entry for entry in weighted if _is_matrix(entry[2])]
-    vectors = [entry for entry in weighted if not _is_matrix(entry[2])]
+    matrices = [entry for entry in weighted if is_matrix(entry[2])]
+    vectors = [entry for entry in weighted if not is_matrix(entry[2])]
     unit_rows = size.rows // module.units
     pairs: dict[int, Pair] = {}
 
@@ -297,7 +302,8 @@ def _make(inputs: Sequence[Input], i: int, plan: Plan, model: Model | None) -> _
     return made
 
 
-def _is_matrix(change: Change) -> bool:
+def is_matrix(change: Change) -> bool:
+    """Whether it changes a matrix, not a bias or a norm."""
     return change.leaf == "weight" and change.module.form != NORM
 
 

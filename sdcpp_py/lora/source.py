@@ -164,6 +164,12 @@ class LoraSource:
         """The file's name, for messages."""
         return self.path.name
 
+    @property
+    def made_for(self) -> str:
+        """Words for messages where the file's keys speak of another family."""
+        other = _BASE_MODELS.get(self.report.base_model, self.family)
+        return "" if other == self.family else f" (it looks made for {described(other)})"
+
     def modules(self) -> list[int]:
         """Indices of the modules that it changes, in the model's order."""
         return sorted(self._stems_of)
@@ -242,7 +248,8 @@ class LoraSource:
             self._found[i].append((stem, stem["rows"] // _PROBE_ROWS))
         if not self._found:
             raise BadFile(
-                f"{self.path}: none of its modules is one of {described(self.family)}, first {self.unknown[0]}"
+                f"{self.path}: none of its modules is one of {described(self.family)}{self.made_for}, "
+                f"first {self.unknown[0]}"
             )
 
     def _sizes(self, known: Mapping[int, Size]) -> dict[int, Size]:

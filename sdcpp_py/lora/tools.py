@@ -101,7 +101,7 @@ def merge(
     The rest and what it raises is as for ``convert``.
     """
     base = _model(model)
-    inputs = [_input(lora, family, base) for lora in loras]
+    inputs = [read_input(lora, family, base) for lora in loras]
     if not inputs:
         raise BadArgument("there is no file to merge; name one or more")
     first = inputs[0].source
@@ -204,7 +204,8 @@ def read_tag(text: str) -> LoraTag:
     Raises:
         BadArgument: A number is none.
     """
-    path, options = text, []
+    path = text
+    options: list[str] = []
     while ":" in path:
         rest, _, last = path.rpartition(":")
         if not rest or not _is_option(last):
@@ -236,7 +237,8 @@ def _is_option(text: str) -> bool:
         return False
 
 
-def _input(lora: tuple[AnyPath, float] | LoraTag | str, family: str | None, model: Model | None) -> Input:
+def read_input(lora: tuple[AnyPath, float] | LoraTag | str, family: str | None, model: Model | None) -> Input:
+    """A LoRA as an argument names it, opened."""
     if isinstance(lora, str):
         lora = read_tag(lora)
     elif not isinstance(lora, LoraTag):
