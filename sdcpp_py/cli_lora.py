@@ -1,4 +1,4 @@
-"""The command line's part for LoRA files: sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract, bake."""
+"""sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract and bake."""
 
 import json
 from dataclasses import asdict

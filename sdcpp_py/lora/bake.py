@@ -1,7 +1,6 @@
 """LoRAs into a model's own weights, once and for all: summed in float32 from the unquantised source, then quantised."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -19,7 +18,7 @@ from .library import LoraLibrary
 from .model import Model, Slice
 from .rewrite import Input, base_of, is_matrix
 from .source import Floats
-from .tools import AnyPath, read_input, read_tag
+from .tools import AnyPath, open_together, read_lora
 
 OnProgress = Callable[[int, int, str], Any]
 _SHOWN: Final = 3  # names in a note
@@ -62,9 +61,10 @@ def bake(
     """
     base = Model(model)
     library = LoraLibrary(None if lora_dir is None else Path(lora_dir))
-    inputs = [read_input(_located(lora, library), None, base) for lora in loras]
-    if not inputs:
+    tags = [_located(read_lora(lora), library) for lora in loras]
+    if not tags:
         raise BadArgument("there is no LoRA to bake; name one or more")
+    inputs = open_together(tags, None, base)
     target = Path(output)
     for path in (base.path, *(one.source.path for one in inputs)):
         if target.exists() and target.samefile(path):
@@ -101,14 +101,8 @@ def bake(
     return planned
 
 
-def _located(lora: tuple[AnyPath, float] | LoraTag | str, library: LoraLibrary) -> LoraTag:
-    if isinstance(lora, str):
-        lora = read_tag(lora)
-    elif not isinstance(lora, LoraTag):
-        lora = LoraTag(os.fspath(lora[0]), lora[1], lora[1])
-    is_path = isinstance(lora.name, os.PathLike) or library.folder is None
-    found = library.locate(Path(lora.name) if is_path else lora.name)
-    return replace(lora, name=str(found))
+def _located(tag: LoraTag, library: LoraLibrary) -> LoraTag:
+    return replace(tag, name=str(library.locate(tag.name if library.folder else Path(tag.name))))
 
 
 def _texts(model: Model) -> dict[str, str]:

@@ -1,19 +1,21 @@
 """What differs between two LoRA files: in their changes of the model, whatever their formats."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import BadArgument
+from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
 from .model import Model
 from .outline import NORM
 from .rewrite import OnStep, base_of, step
 from .source import LoraSource, described
-from .tools import AnyPath, open_lora
+from .tools import AnyPath, open_together
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def diff(
         Io: A file cannot be read.
     """
     base = None if model is None else Model(model)
-    first, second = open_lora(a, family, base), open_lora(b, family, base)
+    first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
     if first.family != second.family:
         raise BadArgument(
             f"{second.path}: made for {described(second.family)}, but {first.path} is for {described(first.family)}"
@@ -137,6 +139,10 @@ def diff(
     out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
     out.difference, out.cosine = whole.difference, whole.cosine
     return out
+
+
+def _named(path: AnyPath) -> LoraTag:
+    return LoraTag(os.fspath(path))
 
 
 def _sums(source: LoraSource, i: int, model: Model | None) -> dict[str, Pair]:

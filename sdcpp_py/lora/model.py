@@ -177,7 +177,7 @@ def _structure(path: Path, names: list[str], shapes: list[tuple[int, ...]]) -> t
     if "joint_blocks." in every or "transformer.transformer_blocks." in every:
         return "sd3", names, None
     shape_of = dict(zip(names, shapes, strict=True))
-    unet = _original_unet(names) if ".input_blocks.0.0." in every else _diffusers_unet(names)
+    unet = _original_unet(names) if "input_blocks.0.0." in every else _diffusers_unet(names)
     if unet is None:
         raise BadFile(f"{path}: is no model of SD1, SD2, SDXL, SD3 or FLUX")
     projects = [shape for name, shape in shape_of.items() if name.endswith(".proj_in.weight")]
@@ -199,14 +199,14 @@ def _original_unet(names: Iterable[str]) -> _Found:
     depth: dict[int, int] = {}
     middle = 0
     for name in names:
-        if match := re.search(r"\.input_blocks\.(\d+)\.(\d)\.(op\.)?(?:transformer_blocks\.(\d+)\.)?", name):
+        if match := re.search(r"(?:^|\.)input_blocks\.(\d+)\.(\d)\.(op\.)?(?:transformer_blocks\.(\d+)\.)?", name):
             n = int(match[1])
             last = max(last, n)
             if match[3]:
                 downs.add(n)
             if match[4]:
                 depth[n] = max(depth.get(n, 0), int(match[4]) + 1)
-        elif match := re.search(r"\.middle_block\.1\.transformer_blocks\.(\d+)\.", name):
+        elif match := re.search(r"(?:^|\.)middle_block\.1\.transformer_blocks\.(\d+)\.", name):
             middle = max(middle, int(match[1]) + 1)
     blocks = min(downs) - 1 if downs else last
     levels = len(downs) + 1
@@ -218,12 +218,12 @@ def _diffusers_unet(names: Iterable[str]) -> _Found | None:
     depth: dict[int, int] = {}
     for name in names:
         if match := re.search(
-            r"\bdown_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?", name
+            r"^(?:unet\.)?down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?", name
         ):
             level = int(match[1])
             levels, blocks = max(levels, level + 1), max(blocks, int(match[3]) + 1)
             if match[4]:
                 depth[level] = max(depth.get(level, 0), int(match[4]) + 1)
-        elif match := re.search(r"\bmid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name):
+        elif match := re.search(r"^(?:unet\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name):
             middle = max(middle, int(match[1]) + 1)
     return (blocks, tuple(depth.get(level, 0) for level in range(levels)), middle) if levels else None

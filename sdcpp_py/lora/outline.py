@@ -7,9 +7,10 @@ rewritten without a model of it at hand. Where the engine knows a family, tests 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 FAMILIES: Final = ("sd1", "sd2", "sdxl", "sd3", "flux")
@@ -150,9 +151,9 @@ _SD3: Final[_Table] = {
 }
 
 
-def _rows(table: _Table, blocks: int) -> Iterator[Module]:
+def _rows(table: _Table, blocks: Mapping[str, int]) -> Iterator[Module]:
     for (original, diffusers), rows in table.items():
-        for block in range(blocks if "*" in original else 1):
+        for block in range(blocks[diffusers.partition(".")[0]] if diffusers else 1):
             for row in filter(None, map(str.split, rows.splitlines())):
                 yield _row(row, original.replace("*", str(block)), diffusers.replace("*", str(block)))
 
@@ -367,30 +368,41 @@ def outline_of(family: str, names: Iterable[str] = (), unet: UNet | None = None)
         names: Keys of a LoRA file, or of a checkpoint.
         unet: The structure of the UNet where it is not the family's own.
     """
-    highest = _highest(names)
+    return _outline(family, unet, tuple(sorted(_counts(names).items())))
+
+
+@lru_cache(maxsize=16)
+def _outline(family: str, unet: UNet | None, counted: tuple[tuple[str, int], ...]) -> Outline:
+    count = Counter(dict(counted))
+    double = max(count[word] for word in ("transformer_blocks", "double_blocks", "joint_blocks"))
+    single = max(count[word] for word in ("single_transformer_blocks", "single_blocks"))
     denoiser: Iterator[Module]
     if family in _UNETS:
         denoiser = (unet or _UNETS[family]).modules()
     elif family == "flux":
-        denoiser = _rows(_FLUX, max(38, 1 + highest.get("blocks", 0)))
+        denoiser = _rows(_FLUX, {"transformer_blocks": max(19, double), "single_transformer_blocks": max(38, single)})
     else:
-        denoiser = _rows(_SD3, max(24, 1 + highest.get("blocks", 0)))
+        denoiser = _rows(_SD3, {"transformer_blocks": max(24, double)})
     modules = list(denoiser)
-    layers = 1 + highest.get("layers", 0)
     for component in DIFFUSERS[family]:
         if component in ("clip", "clip_2"):
-            modules += _clip(component, max(32 if component == "clip_2" else 24 if family == "sd2" else 12, layers))
+            modules += _clip(
+                component, max(32 if component == "clip_2" else 24 if family == "sd2" else 12, count["layers"])
+            )
         elif component == "t5":
-            modules += _t5(max(24, 1 + highest.get("block", 0)))
+            modules += _t5(max(24, count["block"]))
     return Outline(family, tuple(modules))
 
 
-_NUMBERED: Final = re.compile(r"(blocks|layers|block)[._](\d{1,3})(?=[._])")
+_NUMBERED: Final = re.compile(
+    r"(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks|joint_blocks|layers|block)[._](\d{1,3})(?=[._])"
+)
 
 
-def _highest(names: Iterable[str]) -> dict[str, int]:
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """How many blocks of each kind the names tell of, at the least."""
     out: dict[str, int] = {}
     for name in names:
         for word, number in _NUMBERED.findall(name):
-            out[word] = max(out.get(word, 0), int(number))
+            out[word] = max(out.get(word, 0), int(number) + 1)
     return out

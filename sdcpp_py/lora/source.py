@@ -101,7 +101,8 @@ class LoraSource:
     Attributes:
         path: Of the file or PEFT folder.
         report: What the file says without a model.
-        outline: The family's modules.
+        fitting: The families that its keys may mean, the likeliest first.
+        outline: The modules of the first of them.
         sizes: Of those that the file changes.
         unknown: Stems that mean nothing in the family.
     """
@@ -134,7 +135,8 @@ class LoraSource:
         self._stems = bare.stems()
         if not self._stems:
             raise BadFile(f"{self.path}: holds no update")
-        self.outline = outline or self._guess(family)
+        self.fitting = (outline.family,) if outline else self._guess(family)
+        self.outline = outline or outline_of(self.fitting[0], self.names)
         self._resolve()
         self.sizes = self._sizes(sizes or {})
         late = [
@@ -163,6 +165,11 @@ class LoraSource:
     def name(self) -> str:
         """The file's name, for messages."""
         return self.path.name
+
+    @property
+    def names(self) -> list[str]:
+        """All stems of its keys."""
+        return [stem["stem"] for stem in self._stems]
 
     @property
     def made_for(self) -> str:
@@ -211,27 +218,30 @@ class LoraSource:
 
     # ---- opening ---------------------------------------------------------------------------------------
 
-    def _guess(self, family: str | None) -> Outline:
-        names = [stem["stem"] for stem in self._stems]
+    def _guess(self, family: str | None) -> tuple[str, ...]:
+        """The families in which most of the stems mean something, the likeliest first."""
         if family is not None:
             if family not in FAMILIES:
                 raise BadArgument(f"family {family!r} is not known; there are: {', '.join(FAMILIES)}")
-            return outline_of(family, names)
-        known = _BASE_MODELS.get(self.report.base_model)
+            return (family,)
         found: Counter[str] = Counter()
-        outlines = {}
         for one in FAMILIES:
-            outlines[one] = outline_of(one, names)
-            stems = _native.LoraFile(self._os_path, _probe(outlines[one])).stems()
+            stems = _native.LoraFile(self._os_path, _probe(outline_of(one, self.names))).stems()
             found[one] = sum(max(stem["weight"], stem["bias"]) >= 0 for stem in stems)
         best = max(found.values())
         if best == 0:
             raise BadFile(
-                f"{self.path}: none of its {len(names):,} modules is known from SD1, SD2, SDXL, SD3 or FLUX, "
-                f"first {names[0]}"
+                f"{self.path}: none of its {len(self._stems):,} modules is known from SD1, SD2, SDXL, SD3 or FLUX, "
+                f"first {self._stems[0]['stem']}"
             )
-        fitting = [one for one in FAMILIES if found[one] == best]
-        return outlines[known if known in fitting else fitting[0]]
+        told = {_BASE_MODELS.get(self.report.base_model), *map(self._by_width, self._stems)}
+        return tuple(sorted((one for one in FAMILIES if found[one] == best), key=lambda one: one not in told))
+
+    @staticmethod
+    def _by_width(stem: Mapping[str, Any]) -> str | None:
+        """What the width of a transformer tells, as both of these families call their first blocks the same."""
+        is_block = "transformer_blocks" in stem["stem"] and stem["stem"].endswith(_WIDE)
+        return {3072: "flux", 1536: "sd3", 2432: "sd3"}.get(stem["columns"]) if is_block else None
 
     def _resolve(self) -> None:
         """Finds the module and the units of rows of each stem."""
@@ -278,6 +288,8 @@ class LoraSource:
         return Size(rows, columns)
 
 
+# Modules of both SD 3 and FLUX that take the width of the network in.
+_WIDE: Final = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "norm1.linear", "norm1_linear")
 _PROBE_ROWS: Final = 2  # per unit, so that halves can be swapped
 
 

@@ -15,8 +15,9 @@ from ..errors import BadArgument
 from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
-from .blocks import read_blocks
+from .blocks import Blocks, read_blocks
 from .model import Model
+from .outline import outline_of
 from .rewrite import Input, OnStep, Plan, Rewritten, rewrite
 from .source import LoraSource, described
 
@@ -101,9 +102,10 @@ def merge(
     The rest and what it raises is as for ``convert``.
     """
     base = _model(model)
-    inputs = [read_input(lora, family, base) for lora in loras]
-    if not inputs:
+    named = list(loras)
+    if not named:
         raise BadArgument("there is no file to merge; name one or more")
+    inputs = open_together([read_lora(lora) for lora in named], family, base)
     first = inputs[0].source
     plan = Plan(
         spelling.format_of(to or default_format(first), first.family),
@@ -237,20 +239,39 @@ def _is_option(text: str) -> bool:
         return False
 
 
-def read_input(lora: tuple[AnyPath, float] | LoraTag | str, family: str | None, model: Model | None) -> Input:
-    """A LoRA as an argument names it, opened."""
+def read_lora(lora: tuple[AnyPath, float] | LoraTag | str) -> LoraTag:
+    """A LoRA as an argument names it."""
     if isinstance(lora, str):
-        lora = read_tag(lora)
-    elif not isinstance(lora, LoraTag):
-        name, ratio = lora
-        lora = LoraTag(os.fspath(name), ratio, ratio)
-    source = open_lora(lora.name, family, model)
-    blocks = ()
-    if lora.lbw is not None:
+        return read_tag(lora)
+    return lora if isinstance(lora, LoraTag) else LoraTag(os.fspath(lora[0]), lora[1], lora[1])
+
+
+def open_together(tags: Sequence[LoraTag], family: str | None, model: Model | None) -> list[Input]:
+    """Several LoRAs as changes of the same modules.
+
+    Keys of which some files leave the family open follow the other files; where there is none that all may be for,
+    each keeps its own.
+    """
+    sources = [open_lora(tag.name, family, model) for tag in tags]
+    shared = [one for one in sources[0].fitting if all(one in source.fitting for source in sources)]
+    if shared and model is None:
+        certain = [source.family for source in sources if len(source.fitting) == 1]
+        common = min(shared, key=lambda one: one not in certain)
+        outline = outline_of(common, [name for source in sources for name in source.names])
+        sources = [
+            source if source.outline.place == outline.place else LoraSource(source.path, outline=outline)
+            for source in sources
+        ]
+    return [_input(tag, source) for tag, source in zip(tags, sources, strict=True)]
+
+
+def _input(tag: LoraTag, source: LoraSource) -> Input:
+    blocks: Blocks = ()
+    if tag.lbw is not None:
         if source.family not in FAMILIES_WITH_BLOCKS:
             raise BadArgument(f"{source.path}: there are no block weights for {described(source.family)}")
-        blocks = read_blocks(lora.lbw, source.family)  # type: ignore[assignment]
-    te, unet = _finite(f"{source.path}: te", lora.te), _finite(f"{source.path}: unet", lora.unet)
+        blocks = read_blocks(tag.lbw, source.family)
+    te, unet = _finite(f"{source.path}: te", tag.te), _finite(f"{source.path}: unet", tag.unet)
     return Input(source, te, unet, blocks)
 
 

@@ -126,3 +126,96 @@ def test_diffusers_own_converter_reads_what_we_write_for_kohya(tmp_path: Path) -
     for stem, change in want.items():
         a, b = (theirs[f"{stem}.lora_{side}.weight"].double().numpy() for side in "AB")
         assert relative_rmse(b @ (a @ x), change) < SUM
+
+
+# ---- names, against diffusers' own models and converters ---------------------------------------------------
+
+
+def of_family(family: str) -> Any:
+    """The denoiser as diffusers builds it, without memory for its weights."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+    sdxl = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    sd35 = {"num_layers": 24, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13)), "pos_embed_max_size": 8}
+    with torch.device("meta"):
+        return {
+            "sd1": lambda: UNet2DConditionModel(cross_attention_dim=768),
+            "sd2": lambda: UNet2DConditionModel(cross_attention_dim=1024, use_linear_projection=True),
+            "sdxl": lambda: UNet2DConditionModel(**sdxl),
+            "sd3": lambda: SD3Transformer2DModel(num_attention_heads=24, caption_projection_dim=1536, **sd35),
+            "flux": lambda: FluxTransformer2DModel(guidance_embeds=True),
+        }[family]()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux"])
+def test_outlines_hold_every_module_of_the_family_and_no_other(family: str) -> None:
+    from sdcpp_py.lora.outline import LINEAR, NORM, outline_of
+
+    outline = outline_of(family)
+    forms = {
+        part.diffusers: module.form
+        for module in outline.modules
+        if module.component == "denoiser"
+        for part in module.parts
+    }
+    theirs = {
+        name: LINEAR if p.ndim == 2 else NORM if p.ndim == 1 else p.shape[-1]
+        for full, p in of_family(family).named_parameters()
+        if (name := full.removesuffix(".weight")) != full
+    }
+    optional = {name for name in forms if "skip" in name or name.endswith("conv_shortcut")}
+    absent = {"sd3": {"ff_context", "to_add_out", "norm_added", "norm_q", "norm_k"}}.get(family, set())
+    assert {name: forms[name] for name in theirs} == theirs
+    extra = {name for name in forms.keys() - theirs.keys() - optional if not any(word in name for word in absent)}
+    # SD 3's outline has a second attention in every block; only SD 3.5 medium's first 13 do
+    assert not {name for name in extra if ".attn2." not in name or family != "sd3"}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+def test_original_names_and_rows_are_those_of_diffusers_converters(family: str) -> None:
+    """Each original weight is filled with numbers of its own rows; diffusers' converter tells where they go."""
+    from diffusers.loaders import single_file_utils as convert
+
+    from sdcpp_py.lora.outline import NORM, outline_of
+
+    width = {"sd3": 1536, "flux": 3072}.get(family, 4)
+    modules = [module for module in outline_of(family).modules if module.component == "denoiser"]
+    known = {name.removesuffix(".weight") for name, _ in of_family(family).named_parameters()}
+    original, where = {}, {}
+    for i, module in enumerate(modules):
+        parts = [part for part in module.parts if part.diffusers in known]
+        if not parts:
+            continue
+        rows = width * module.units if module.units > 1 else 2 * width
+        values = i * 1e6 + torch.arange(rows, dtype=torch.float64)
+        ones = (1,) * (0 if module.form == NORM else 1 + len(module.kernel()))
+        original[f"model.diffusion_model.{module.name}.{module.leaf}"] = values.reshape(rows, *ones)
+        original[f"model.diffusion_model.{module.name}.bias"] = values
+        unit = rows // module.units
+        for part in parts:
+            taken = values[part.first * unit : (part.first + part.units) * unit]
+            last = part.diffusers == "transformer_blocks.23.norm1_context.linear"  # its swap is told by its size alone
+            where[part.diffusers] = taken.roll(len(taken) // 2) if part.swaps or last else taken
+    config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": None}
+    if family in ("sd1", "sdxl"):
+        config |= {"down_block_types": [0] * (3 if family == "sdxl" else 4)}
+        config |= {"addition_embed_type": "text_time"} if family == "sdxl" else {}
+        theirs = convert.convert_ldm_unet_checkpoint(dict(original), config)
+    elif family == "sd3":
+        original["model.diffusion_model.pos_embed"] = torch.zeros(1)
+        theirs = convert.convert_sd3_transformer_checkpoint_to_diffusers(dict(original))
+    else:
+        theirs = convert.convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    for name, values in where.items():
+        assert torch.equal(theirs[f"{name}.weight"].flatten(), values), name
