@@ -219,3 +219,75 @@ def test_original_names_and_rows_are_those_of_diffusers_converters(family: str) 
         theirs = convert.convert_flux_transformer_checkpoint_to_diffusers(dict(original))
     for name, values in where.items():
         assert torch.equal(theirs[f"{name}.weight"].flatten(), values), name
+
+
+# ---- sums of other kinds, and other readers ----------------------------------------------------------------
+
+
+def test_ties_is_pefts(tmp_path: Path) -> None:
+    """peft's own function on the weighted changes, which here have no two elements of one size."""
+    from peft.utils.merge_utils import ties
+
+    from sdcpp_py.lora import algebra
+
+    deltas = [torch.randn(24, 32) * ratio for ratio in (0.7, -0.3, 1.0)]
+    for density in (0.2, 0.5, 1.0):
+        want = ties(deltas, torch.ones(3), density)
+        got = algebra.ties([delta.numpy() for delta in deltas], density)
+        assert_close(got, want.numpy(), 1e-6)
+
+
+def test_unet_loras_reach_peft_through_diffusers(tmp_path: Path) -> None:
+    """Convolutions too; diffusers' loader gets the file that kohya's keys became."""
+    import lora_files
+    import tiny
+    from cases import SD1
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    update = lora_files.random_update(lora_files.modules("linear conv", "unet"))
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update))
+    tools.merge([(source, -0.6)], tmp_path / "y.safetensors", to="diffusers")
+    unet = UNet2DConditionModel.from_config(tiny.configs(SD1)["unet"])
+    state, alphas = StableDiffusionPipeline.lora_state_dict(str(tmp_path / "y.safetensors"))[:2]
+    unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name="merged")
+    got = {
+        f"unet.{name}": layer.get_delta_weight("merged").detach().double().numpy()
+        for name, layer in unet.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    assert got.keys() == update.keys()
+    for path, factors in update.items():
+        weight = lora_files.base()[f"{path}.weight"]
+        assert_close(got[path], -0.6 * (reference_lora.changed(weight, factors) - weight), SUM)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "full"])
+def test_lycoris_reads_what_we_write_for_kohya(kind: str, tmp_path: Path) -> None:
+    """Its own loader puts the file's modules onto layers, whose outputs tell the weights that they have then."""
+    import lora_files
+    from lycoris.modules import get_module, make_module
+    from safetensors.torch import load_file
+
+    make = {
+        "lora": reference_lora.lora,
+        "loha": reference_lora.loha,
+        "lokr": reference_lora.lokr("w2", 4, 4),  # the split that its loader computes anew
+        "full": reference_lora.full,
+    }[kind]
+    paths = [path for path in lora_files.modules("linear", "unet") if path.endswith("attn1.to_q")]
+    update = lora_files.random_update(paths, make)
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update, lora_files.lycoris))
+    tools.merge([(source, 0.5)], tmp_path / "y.safetensors", to="kohya")
+    state = load_file(tmp_path / "y.safetensors")
+    for path, factors in update.items():
+        weight = lora_files.base()[f"{path}.weight"]
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(weight))
+        stem = lora_files.kohya(path)
+        module = make_module(*get_module(state, stem), stem, layer)
+        module.apply_to()
+        with torch.no_grad():
+            got = layer(torch.eye(weight.shape[1])).T.double().numpy() - weight
+        # float32 of the weight and its change together
+        assert_close(got, 0.5 * (reference_lora.changed(weight, factors) - weight), 1e-5)

@@ -153,7 +153,8 @@ int64_t inputs(const StoredTensor & tensor, LoraRole role) {
 }
 
 std::string base_by_keys(const Checkpoint & file) {
-    bool two_encoders = false;
+    bool two_encoders = false, has_joint_blocks = false; // FLUX has blocks that SD 3 calls the same
+    std::string by_width;
     for (const StoredTensor & tensor : file.tensors()) {
         std::string name = tensor.name;
         std::replace(name.begin(), name.end(), '.', '_');
@@ -161,10 +162,8 @@ std::string base_by_keys(const Checkpoint & file) {
             has(name, "single_transformer_blocks_")) {
             return "FLUX";
         }
-        if (has(name, "joint_blocks_") || has(name, "transformer_blocks_23_attn_add_") ||
-            has(name, "norm1_context")) {
-            return "SD3";
-        }
+        has_joint_blocks = has_joint_blocks || has(name, "joint_blocks_") ||
+                           has(name, "transformer_blocks_23_attn_add_") || has(name, "norm1_context");
         two_encoders = two_encoders || has(name, "lora_te2_text_model_") ||
                        begins_with(name, "text_encoder_2_text_model_");
         if (!has(name, "attn2_to_k") && !has(name, "attn2_to_v") && !has(name, "attn2_processor_to_")) {
@@ -173,10 +172,10 @@ std::string base_by_keys(const Checkpoint & file) {
         const std::optional<LoraKey> key = parse_lora_key(tensor.name);
         const int64_t width = key ? inputs(tensor, key->role) : 0;
         if (width == 768 || width == 1024 || width == 2048) {
-            return width == 768 ? "SD1" : width == 1024 ? "SD2" : "SDXL";
+            by_width = width == 768 ? "SD1" : width == 1024 ? "SD2" : "SDXL";
         }
     }
-    return two_encoders ? "SDXL" : "";
+    return has_joint_blocks ? "SD3" : !by_width.empty() ? by_width : two_encoders ? "SDXL" : "";
 }
 
 std::string base_by_metadata(const Checkpoint & file) {
