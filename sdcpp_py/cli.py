@@ -1,17 +1,20 @@
-"""The command line: sdcpp generate, info, doctor; more is in cli_lora.py and cli_weights.py.
+"""The command line: sdcpp generate, info, bench, doctor; more is in cli_lora.py and cli_weights.py.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Column, Table
 
-from . import __version__, _native, cli_weights, doctor, files
+from . import __version__, _native, bench, cli_weights, doctor, files
 from .cli_lora import app as lora_app
 from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
 from .context import SDContext
@@ -67,9 +70,9 @@ def generate(
         typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: the one that ships]"),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="How often the denoiser runs. [default: 20]")] = None,
+    steps: Annotated[int | None, typer.Option(help="How often the denoiser runs. [default: the model's own]")] = None,
     cfg_scale: Annotated[
-        float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: 7]")
+        float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: the model's own]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise. [default: a new one]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the model's own]")] = None,
@@ -85,8 +88,13 @@ def generate(
     mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
+    clip_h: Annotated[Path | None, typer.Option(help="SD 2.x's text encoder, likewise.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of products on the CPU: f32, bf16 or auto. [default: auto]")
+    ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
@@ -134,8 +142,11 @@ def generate(
                 model or _known("model", like, told.model, told.model_hash),
                 vae=vae or _known("vae", like, told.vae, told.vae_hash),
                 clip_l=clip_l or _known("clip-l", like, told.clip_l, told.clip_l_hash),
+                clip_g=clip_g or _known("clip-g", like, told.clip_g, told.clip_g_hash),
+                clip_h=clip_h or _known("clip-h", like, told.clip_h, told.clip_h_hash),
                 backend=backend,
                 threads=threads,
+                precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
                 lora_dir=lora_dir,
                 lora_mode=lora_mode,
@@ -172,7 +183,8 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 
 def _compare(told: Parameters, used: Parameters) -> None:
-    for field in ("model_hash", "vae_hash", "clip_l_hash", "init_image_hash", "mask_hash", "lora_hashes"):
+    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash")
+    for field in ("model_hash", "vae_hash", *encoders, "init_image_hash", "mask_hash", "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
             what = field.removesuffix("_hash").removesuffix("_hashes").replace("_", " ")
@@ -220,6 +232,47 @@ def info(
             cli_weights.print_info(file)
 
 
+@app.command(name="bench")
+def _bench(
+    model: Annotated[
+        Path | None, typer.Option("-m", "--model", help=".safetensors, .gguf or diffusers folder. [default: ours]")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side. [default: the model's own]")] = None,
+    steps: Annotated[int, typer.Option(help="Of the picture, at least 2.", min=2)] = 4,
+    precision: Annotated[str, typer.Option(help="f32, bf16 or auto.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes as well.")] = False,
+) -> None:
+    """Measure how long a model takes here."""
+    set_up_log(verbose=False)
+    with one_sentence():
+        begin = time.perf_counter()
+        with SDContext(model, precision=precision, threads=threads) as sd_ctx, steps_bar(quiet=False) as on_step:
+            opened = time.perf_counter() - begin
+            info = sd_ctx.info
+            timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
+            costs = bench.profile(sd_ctx, size=size) if profile else []
+    memory = "unknown" if timing.peak_memory is None else f"{timing.peak_memory / 1e9:.2f} GB"
+    rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
+    for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
+        rows.append((name, f"{seconds:.3f} s"))
+    print_rows(rows)
+    if costs:
+        Console().print(_cost_table(costs))
+
+
+def _cost_table(costs: Sequence[bench.Operation]) -> Table:
+    table = Table(
+        "network", "operation", *(Column(name, justify="right") for name in ("count", "ms", "share", "GFLOP/s"))
+    )
+    total = sum(cost.seconds for cost in costs)
+    for cost in costs:
+        rate = f"{cost.flops / cost.seconds / 1e9:.0f}" if cost.flops and cost.seconds else ""
+        share = f"{cost.seconds / total:.1%}"
+        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, rate)
+    return table
+
+
 @app.command(name="doctor")
 def _doctor() -> None:
     """Show versions, processor, devices, and how to get a faster build."""
@@ -227,5 +280,7 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             print_rows(rows)
-        typer.echo("A build of ggml for this very machine is faster than the one that pip installs:")
-        typer.echo(f"  {doctor.faster_build()}")
+        typer.echo(
+            "On the processor the kernels above are chosen by themselves. ggml that paints on a graphics card, e.g. CUDA's:"
+        )
+        typer.echo(f"  {doctor.build_for_cards()}")

@@ -287,6 +287,8 @@ def _tell(result: Rewritten | Extracted, as_json: bool, quiet: bool) -> None:
     left_out = result.unknown if isinstance(result, Rewritten) else result.left_out
     if left_out:
         console.print(f"left out: {_listed(left_out)}", highlight=False, markup=False)
+    for warning in result.warnings if isinstance(result, Rewritten) else ():
+        console.print(warning, highlight=False, markup=False)
     if quiet:
         return
     rows = [("file", result.path), ("for", result.family), ("format", result.format)]

@@ -8,12 +8,13 @@ import typer
 
 from . import files
 from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
+from .context import SDContext
 from .errors import BadArgument
 from .quality import compare
 from .weights import TYPES
-from .weights.convert import convert as convert_weights
+from .weights.conversion import convert as convert_weights
 from .weights.info import LONGEST_VALUE, Holdings, describe
-from .weights.write import Plan
+from .weights.writing import Plan
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
 _WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
@@ -147,6 +148,13 @@ def print_info(path: Path) -> None:
 
     rows = [("file", str(path)), ("family", info.family or "none that is known")]
     rows.append(("paints", "yes" if info.paints else f"no: {info.missing}"))
+    if info.paints:
+        with SDContext(path) as sd_ctx:
+            model = sd_ctx.info
+        rows.append(("prediction", model.prediction))
+        rows.append(("native size", f"{model.native_size} x {model.native_size}"))
+        rows.append(("input channels", str(model.input_channels)))
+        rows.append(("in memory", f"{model.weight_bytes / 1e6:,.1f} MB of weights"))
     rows.append(("whole", size(info.whole)))
     rows += [(f"part {name}", size(held)) for name, held in info.parts.items()]
     rows += [(f"type {name}", size(held)) for name, held in info.types.items()]

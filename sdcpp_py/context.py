@@ -1,5 +1,6 @@
 """SDContext: a model in memory. Arguments are checked and completed here; the engine does the rest."""
 
+import contextlib
 import difflib
 import hashlib
 import logging
@@ -7,7 +8,7 @@ import operator
 import os
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,8 @@ class ModelInfo:
         prediction: What the denoiser predicts: "eps" or "v".
         backend: The device that it runs on.
         threads: Of the CPU.
+        kernels: Of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations.
+        precision: Of products: "f32" or "bf16".
         size_multiple: Width and height of a picture are multiples of it, in pixels.
         native_size: The side of the pictures that the model was trained on, in pixels.
         latent_channels: Of the latent.
@@ -66,6 +69,8 @@ class ModelInfo:
     prediction: str
     backend: str
     threads: int
+    kernels: str
+    precision: str
     size_multiple: int
     native_size: int
     latent_channels: int
@@ -93,8 +98,11 @@ class SDContext:
         *,
         vae: AnyPath | None = None,
         clip_l: AnyPath | None = None,
+        clip_g: AnyPath | None = None,
+        clip_h: AnyPath | None = None,
         backend: str | None = None,
         threads: int | None = None,
+        precision: str = "auto",
         prediction: str | None = None,
         lora_dir: AnyPath | None = None,
         lora_mode: str = "runtime",
@@ -108,9 +116,14 @@ class SDContext:
         Args:
             model: A .safetensors or .gguf file or a diffusers folder; None: the small one that ships.
             vae: A file with an autoencoder, to use instead of the model's.
-            clip_l: A file with a text encoder, to use instead of the model's.
+            clip_l: A file with a text encoder, to use instead of the model's: of SD 1.x, and the first of SDXL.
+            clip_g: The second one of SDXL.
+            clip_h: That of SD 2.x.
             backend: A device's name, see ``sdcpp doctor``; None: the best.
             threads: Of the CPU; None: one per core.
+            precision: Of products on the CPU. "f32"; "bf16": factors rounded to bfloat16, sums in float32, for
+                processors that multiply it natively, where it is about twice as fast; "auto": "bf16" on those,
+                else "f32".
             prediction: "eps" or "v"; None: what the file says, else what the family does.
             lora_dir: Folder of the LoRAs that prompts name; None: no names are known, but for the model that
                 ships, whose LoRAs lie beside it.
@@ -118,7 +131,8 @@ class SDContext:
                 milliseconds and exact on quantised weights. "restore": touched weights are rebuilt from the base,
                 so that a step costs nothing more. "diff": touched weights get the differences added; rounding
                 accumulates until ``reset_loras()``.
-            base_copy: Where "restore" finds the base: "file", the mapped file, or "ram", a copy of what is touched.
+            base_copy: Where the base's weights lie: "file", mapped, so that opening takes no time or memory; or "ram",
+                read whole, so that the file may change or vanish while the context paints on.
             requantise: A quantised weight that "restore" touches goes back to its type; else it is held in f16.
             strict_loras: A LoRA with any key that fits nothing is an error.
             lora_cache: Bytes of read LoRAs to keep though no prompt names them; 0: 2 GB.
@@ -132,9 +146,8 @@ class SDContext:
         """
         self._lock = threading.RLock()
         self._path = files.shipped_model() if model is None else _path("model", model)
-        self._components = {
-            role: _path(role, path) for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None
-        }
+        components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h}
+        self._components = {role: _path(role, path) for role, path in components.items() if path is not None}
         self._prediction = prediction
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
@@ -145,6 +158,7 @@ class SDContext:
             data_dir=os.fsencode(files.data_dir()),
             backend=None if backend is None else _text("backend", backend),
             threads=0 if threads is None else _whole("threads", threads, 1),
+            precision=_text("precision", precision),
             prediction=None if prediction is None else _text("prediction", prediction),
             lora_mode=_text("lora_mode", lora_mode),
             base_copy=_text("base_copy", base_copy),
@@ -213,6 +227,18 @@ class SDContext:
         with self._lock:
             path = self._library.locate(lora)
             return LoraReport.from_json(self._native.inspect_lora(os.fsencode(path)))
+
+    @contextlib.contextmanager
+    def profiling(self) -> Iterator[Callable[[], list[tuple[str, str, int, float, float]]]]:
+        """Measures every operation of the pictures painted inside, which take longer by it.
+
+        Gives a function that returns rows of (network, operation, count, seconds, floating-point operations).
+        """
+        _native.probe_profile(self._native, True)
+        try:
+            yield lambda: _native.probe_operations(self._native)
+        finally:
+            _native.probe_profile(self._native, False)
 
     def close(self) -> None:
         """Frees the model; waits for a picture in work. Closing twice does nothing."""
@@ -365,6 +391,7 @@ class SDContext:
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
             backend=info["backend"],
+            precision=info["precision"],
             **self._origin(),
         )
         pictures = []

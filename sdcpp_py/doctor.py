@@ -29,10 +29,10 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-def faster_build() -> str:
-    """The command that builds the same ggml for this very machine."""
+def build_for_cards() -> str:
+    """The command that builds the same ggml with another backend."""
     return (
-        'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-cache-dir --force-reinstall --no-deps '
+        'CMAKE_ARGS="-DGGML_CUDA=ON" pip install --no-cache-dir --force-reinstall --no-deps '
         f"--no-binary {GGML} {GGML}=={_version(GGML, 'VERSION')}"
     )
 

@@ -70,6 +70,10 @@ class Parameters:
     vae: str | None = None
     clip_l_hash: str | None = None
     clip_l: str | None = None
+    clip_g_hash: str | None = None
+    clip_g: str | None = None
+    clip_h_hash: str | None = None
+    clip_h: str | None = None
     prediction: str | None = None
     strength: float | None = None
     clip_skip: int | None = None
@@ -80,6 +84,7 @@ class Parameters:
     mask_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
+    precision: str | None = None
     version: str | None = None
     other: dict[str, str] = field(default_factory=dict)
 
@@ -104,6 +109,10 @@ _FIELDS: Final = (
     ("VAE", "vae", str),
     ("CLIP-L hash", "clip_l_hash", str),
     ("CLIP-L", "clip_l", str),
+    ("CLIP-G hash", "clip_g_hash", str),
+    ("CLIP-G", "clip_g", str),
+    ("CLIP-H hash", "clip_h_hash", str),
+    ("CLIP-H", "clip_h", str),
     ("Prediction", "prediction", str),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),
@@ -114,6 +123,7 @@ _FIELDS: Final = (
     ("Mask hash", "mask_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
+    ("Precision", "precision", str),
     ("Version", "version", str),
 )
 _EXACT = {"Exact prompt": "prompt", "Exact negative prompt": "negative_prompt"}

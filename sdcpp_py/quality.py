@@ -11,7 +11,7 @@ from .context import AnyPath, SDContext
 from .errors import BadArgument, Cancelled
 from .weights import Tensor, open_source
 from .weights.names import single_file_names
-from .weights.write import PIECE
+from .weights.writing import PIECE
 
 OnProgress = Callable[[int, int, str], Any]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import tiny
+from tiny_sdxl import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP
 
 SD1 = tiny.TinySD1()
 # Two sizes with attention, more blocks, a narrower autoencoder, inpainting inputs.
@@ -27,10 +28,10 @@ def noise(name: str, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def token_ids(*ids: int) -> np.ndarray:
+def token_ids(*ids: int, pad: int = 49407) -> np.ndarray:
     """Begin, ids, end and padding: 77 numbers."""
     padded = [49406, *ids, 49407]
-    return np.array(padded + [49407] * (77 - len(padded)), dtype=np.float32)
+    return np.array(padded + [pad] * (77 - len(padded)), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,26 @@ def denoise(name: str, model: tiny.TinySD1, width: int, height: int, times: list
     inputs = {
         "latent": noise(name + "latent", n, model.unet_inputs, height, width),
         "time": np.array(times, dtype=np.float32),
-        "text": noise(name + "text", n, tokens, model.text_width),
+        "text": noise(name + "text", n, tokens, model.context_width),
     }
+    if model.text_2_width:
+        inputs["pooled"] = noise(name + "pooled", n, model.text_2_width)
+        # Small ones: the sine of 1024 in float32 is as exact as the angle, to 6e-5, on either side.
+        inputs["sizes"] = np.array([[8 * height, 8 * width, 0, 8, 96, 8 * width]] * n, dtype=np.float32)
     return Case(name, model, "denoise", inputs)
 
 
-def text(name: str, model: tiny.TinySD1, skip: int) -> Case:
-    ids = np.stack([token_ids(320, 736, 1876), token_ids(*range(300, 375)), token_ids()])
-    return Case(name, model, "text", {"ids": ids, "clip_skip": np.array([skip], dtype=np.float32)})
+def text(name: str, model: tiny.TinySD1, skip: int, network: str = "text", n: int = 3) -> Case:
+    prompts = [(320, 736, 1876), tuple(range(300, 375)), ()][:n]
+
+    def ids(pad: int) -> np.ndarray:
+        return np.stack([token_ids(*prompt, pad=pad) for prompt in prompts])
+
+    inputs = {"ids": ids(0 if model.open_clip else 49407), "clip_skip": np.array([skip], dtype=np.float32)}
+    if model.text_2_width:
+        ends = [77 * chunk + 1 + len(prompt) for chunk, prompt in enumerate(prompts)]
+        inputs |= {"ids_2": ids(0), "ends": np.array(ends, dtype=np.float32)}
+    return Case(name, model, network, inputs)
 
 
 def decode(name: str, model: tiny.TinySD1, width: int, height: int, n: int = 1) -> Case:
@@ -82,4 +95,16 @@ NETWORKS = [
     encode("encode-square", SD1, 64, 64),
     encode("encode-wide", SD1, 80, 48, 2),
     encode("encode-narrow", SD1_DEEP, 48, 64),
+    denoise("sd2-unet", SD2, 8, 6, [500.0, 3.5]),
+    denoise("sd2-unet-deep-inpainting", SD2_V_DEEP, 8, 4, [333.0]),
+    text("sd2-text", SD2, 2, n=1),
+    text("sd2-text-deep-skip-3", SD2_V_DEEP, 3, n=1),
+    denoise("sdxl-unet", SDXL, 8, 6, [999.0, 17.25]),
+    denoise("sdxl-unet-deep-inpainting", SDXL_DEEP, 8, 4, [250.0]),
+    text("sdxl-text", SDXL, 2, n=2),
+    text("sdxl-text-skip-1", SDXL, 1, n=1),
+    text("sdxl-pooled", SDXL, 2, "pooled"),
+    text("sdxl-pooled-skip-3", SDXL_DEEP, 3, "pooled"),
+    decode("sdxl-decode", SDXL, 6, 5),
+    encode("sdxl-encode", SDXL, 48, 40),
 ]

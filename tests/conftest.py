@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from cases import SD1
 
 from sdcpp_py import SDContext, _native
 from sdcpp_py.files import data_dir
+
+# What tests compare with computes in float32; tests of bfloat16 ask for it.
+os.environ.setdefault("SDCPP_PRECISION", "f32")
 
 
 @pytest.fixture(scope="session")

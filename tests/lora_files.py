@@ -28,8 +28,8 @@ Tensors = dict[str, "np.ndarray | Stored"]
 @cache
 def base(model: tiny.TinySD1 = SD1) -> dict[str, np.ndarray]:
     """All weights of the tiny model that LoRAs may change, by diffusers' names: float32."""
-    parts = {"unet": tiny.unet_shapes(model), "text_encoder": tiny.text_shapes(model)}
-    drawn = ((part, tiny.weights(part, shapes)) for part, shapes in parts.items())
+    parts = tiny.component_shapes(model)
+    drawn = ((part, tiny.weights(part, shapes)) for part, shapes in parts.items() if part != "vae")
     return {f"{part}.{name}": values for part, weights in drawn for name, values in weights.items()}
 
 
@@ -115,16 +115,18 @@ def write_model(folder: Path, like: Path, changed: Mapping[str, np.ndarray], mod
 def original(path: str, model: tiny.TinySD1 = SD1) -> str:
     """A module's path in single files, behind "model.diffusion_model." or "cond_stage_model.transformer."
 
-    By the rules of the conversion of Stable Diffusion 1.x, for any number of levels and blocks.
+    By the rules of the conversion of Stable Diffusion 1.x to XL, for any number of levels and blocks.
     """
     part, _, name = path.partition(".")
-    if part == "text_encoder":
+    if part.startswith("text_encoder"):
         return name
     levels, blocks = len(model.unet_widths), model.unet_blocks
     words = name.split(".")
     whole = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     if name in whole:
         return whole[name]
+    if words[0] == "add_embedding":
+        return {"linear_1": "label_emb.0.0", "linear_2": "label_emb.0.2"}[words[1]]
     if words[0] == "time_embedding":
         return {"linear_1": "time_embed.0", "linear_2": "time_embed.2"}[words[1]]
     inner = {
@@ -265,7 +267,7 @@ def _inner(path: str) -> str:
 
 
 def _is_text(path: str) -> bool:
-    return path.startswith("text_encoder.")
+    return path.startswith("text_encoder")
 
 
 def kohya(path: str) -> str:
@@ -280,6 +282,12 @@ def kohya_te1(path: str) -> str:
 def kohya_original(path: str) -> str:
     """F2's way: the original paths."""
     return ("lora_te1_" if _is_text(path) else "lora_unet_") + flat(original(path))
+
+
+def numbered(path: str) -> str:
+    """F3: te1 and te2 for SDXL's two encoders."""
+    prefix = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "unet": "lora_unet_"}
+    return prefix[path.partition(".")[0]] + flat(_inner(path))
 
 
 def comfy(path: str) -> str:

@@ -18,6 +18,19 @@ def versions() -> str:
     return f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
 
 
+def open_parts(folder: Path) -> dict[str, Any]:
+    """The networks of a diffusers folder."""
+    parts: dict[str, Any] = {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        "text_encoder": transformers.CLIPTextModel.from_pretrained(folder / "text_encoder"),
+    }
+    if (folder / "text_encoder_2").is_dir():
+        second = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
+        parts["text_encoder_2"] = second
+    return parts
+
+
 class Reference:
     """Opens tiny models with diffusers, each once, and answers cases."""
 
@@ -27,11 +40,7 @@ class Reference:
 
     def _open(self, model: tiny.TinySD1) -> dict[str, Any]:
         path = tiny.write_folder(model, self.folder / f"{abs(hash(model)):x}")
-        return {
-            "unet": diffusers.UNet2DConditionModel.from_pretrained(path / "unet"),
-            "vae": diffusers.AutoencoderKL.from_pretrained(path / "vae"),
-            "text_encoder": transformers.CLIPTextModel.from_pretrained(path / "text_encoder"),
-        }
+        return open_parts(path)
 
     @torch.no_grad()
     def run(self, case: cases.Case) -> np.ndarray:
@@ -39,11 +48,20 @@ class Reference:
         parts = self.open(case.model)
         inputs = {name: torch.from_numpy(values) for name, values in case.inputs.items()}
         if case.network == "denoise":
-            return parts["unet"](inputs["latent"], inputs["time"], inputs["text"]).sample.numpy()
+            told = {"text_embeds": inputs.get("pooled"), "time_ids": inputs.get("sizes")}
+            run = parts["unet"](inputs["latent"], inputs["time"], inputs["text"], added_cond_kwargs=told)
+            return run.sample.numpy()
         if case.network == "vae_decode":
             return parts["vae"].decode(inputs["latent"]).sample.numpy()
         if case.network == "vae_encode":
             return parts["vae"].encode(inputs["image"]).latent_dist.parameters.numpy()
-        states = parts["text_encoder"](inputs["ids"].long(), output_hidden_states=True).hidden_states
+        skip = int(case.inputs["clip_skip"][0])
+        first = parts["text_encoder"](inputs["ids"].long(), output_hidden_states=True)
+        if "text_encoder_2" in parts:
+            second = parts["text_encoder_2"](inputs["ids_2"].long(), output_hidden_states=True)
+            if case.network == "pooled":
+                return second.text_embeds.numpy()[None, None]
+            return torch.cat((first.hidden_states[-skip], second.hidden_states[-skip]), dim=-1).numpy()[None]
+        skip -= 1 if case.model.open_clip else 0  # folders come without the last layer of OpenCLIP's
         text_model = getattr(parts["text_encoder"], "text_model", parts["text_encoder"])
-        return text_model.final_layer_norm(states[-int(case.inputs["clip_skip"][0])]).numpy()[None]
+        return text_model.final_layer_norm(first.hidden_states[-skip]).numpy()[None]

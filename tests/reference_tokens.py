@@ -18,7 +18,8 @@ def vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def clip_tokenizer() -> Any:
+def clip_tokenizer(pad: str = "<|endoftext|>", length: int = 1 << 30) -> Any:
+    """`pad` is "!" for OpenCLIP's encoders."""
     import transformers
 
     def special(text: str) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def clip_tokenizer() -> Any:
             "bos_token": special("<|startoftext|>"),
             "eos_token": special("<|endoftext|>"),
             "unk_token": special("<|endoftext|>"),
-            "pad_token": "<|endoftext|>",
-            "model_max_length": 1 << 30,
+            "pad_token": pad,
+            "model_max_length": length,
             "tokenizer_class": "CLIPTokenizer",
         }
         (path / "tokenizer_config.json").write_text(json.dumps(config))

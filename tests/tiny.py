@@ -19,18 +19,37 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TinySD1:
-    """Sizes of a tiny Stable Diffusion 1.x. The vocabulary is CLIP's own: token ids are not remapped."""
+    """Sizes of a tiny Stable Diffusion 1.x, and what 2.x and XL have otherwise (see tiny_sdxl.py).
+
+    The vocabulary is CLIP's own: token ids are not remapped.
+    """
 
     unet_widths: tuple[int, ...] = (32, 64)
     unet_attends: tuple[bool, ...] = (True, False)
+    unet_depths: tuple[int, ...] = (1, 1, 1, 1)
     unet_blocks: int = 1
     unet_inputs: int = 4
     text_width: int = 64
     text_layers: int = 2
     vae_widths: tuple[int, ...] = (32, 32, 32, 64)
     vae_blocks: int = 1
+    vae_scale: float = 0.18215
     heads: int = 8
     prediction: str = "epsilon"
+    open_clip: bool = False  # the only encoder is OpenCLIP's: gelu, and padded with "!"
+    head_size: int = 0  # instead of `heads`; then proj_in and proj_out are matrices, too
+    text_2_width: int = 0  # of XL's OpenCLIP-bigG
+    text_2_layers: int = 3
+    pipeline: str = "StableDiffusionPipeline"
+
+    @property
+    def context_width(self) -> int:
+        return self.text_width + self.text_2_width
+
+    @property
+    def vector_width(self) -> int:
+        """Of what XL is told of the picture as a whole: pooled text, and six numbers in 256 waves each."""
+        return self.text_2_width + 6 * 256 if self.text_2_width else 0
 
 
 def conv(shapes: Shapes, name: str, inputs: int, outputs: int, size: int) -> None:
@@ -63,25 +82,34 @@ def unet_shapes(c: TinySD1) -> Shapes:
         if inputs != outputs:
             conv(s, f"{name}.conv_shortcut", inputs, outputs, 1)
 
-    def transformer(name: str, width: int) -> None:
+    def project(name: str, width: int) -> None:
+        if c.head_size:
+            linear(s, name, width, width)
+        else:
+            conv(s, name, width, width, 1)
+
+    def transformer(name: str, width: int, depth: int) -> None:
         norm(s, f"{name}.norm", width)
-        conv(s, f"{name}.proj_in", width, width, 1)
-        block = f"{name}.transformer_blocks.0"
-        for attention, context in (("attn1", width), ("attn2", c.text_width)):
-            linear(s, f"{block}.{attention}.to_q", width, width, bias=False)
-            linear(s, f"{block}.{attention}.to_k", context, width, bias=False)
-            linear(s, f"{block}.{attention}.to_v", context, width, bias=False)
-            linear(s, f"{block}.{attention}.to_out.0", width, width)
-        for i in (1, 2, 3):
-            norm(s, f"{block}.norm{i}", width)
-        linear(s, f"{block}.ff.net.0.proj", width, 8 * width)
-        linear(s, f"{block}.ff.net.2", 4 * width, width)
-        conv(s, f"{name}.proj_out", width, width, 1)
+        project(f"{name}.proj_in", width)
+        for block in (f"{name}.transformer_blocks.{i}" for i in range(depth)):
+            for attention, context in (("attn1", width), ("attn2", c.context_width)):
+                linear(s, f"{block}.{attention}.to_q", width, width, bias=False)
+                linear(s, f"{block}.{attention}.to_k", context, width, bias=False)
+                linear(s, f"{block}.{attention}.to_v", context, width, bias=False)
+                linear(s, f"{block}.{attention}.to_out.0", width, width)
+            for i in (1, 2, 3):
+                norm(s, f"{block}.norm{i}", width)
+            linear(s, f"{block}.ff.net.0.proj", width, 8 * width)
+            linear(s, f"{block}.ff.net.2", 4 * width, width)
+        project(f"{name}.proj_out", width)
 
     width = c.unet_widths[0]
     conv(s, "conv_in", c.unet_inputs, width, 3)
     linear(s, "time_embedding.linear_1", width, time)
     linear(s, "time_embedding.linear_2", time, time)
+    if c.vector_width:
+        linear(s, "add_embedding.linear_1", c.vector_width, time)
+        linear(s, "add_embedding.linear_2", time, time)
     skips = [width]
     last = len(c.unet_widths) - 1
     for level, out in enumerate(c.unet_widths):
@@ -89,20 +117,20 @@ def unet_shapes(c: TinySD1) -> Shapes:
             residual(f"down_blocks.{level}.resnets.{i}", width, out)
             width = out
             if c.unet_attends[level]:
-                transformer(f"down_blocks.{level}.attentions.{i}", width)
+                transformer(f"down_blocks.{level}.attentions.{i}", width, c.unet_depths[level])
             skips.append(width)
         if level < last:
             conv(s, f"down_blocks.{level}.downsamplers.0.conv", width, width, 3)
             skips.append(width)
     residual("mid_block.resnets.0", width, width)
-    transformer("mid_block.attentions.0", width)
+    transformer("mid_block.attentions.0", width, c.unet_depths[last])
     residual("mid_block.resnets.1", width, width)
     for index, out in enumerate(reversed(c.unet_widths)):
         for i in range(c.unet_blocks + 1):
             residual(f"up_blocks.{index}.resnets.{i}", width + skips.pop(), out)
             width = out
             if c.unet_attends[last - index]:
-                transformer(f"up_blocks.{index}.attentions.{i}", width)
+                transformer(f"up_blocks.{index}.attentions.{i}", width, c.unet_depths[last - index])
         if index < last:
             conv(s, f"up_blocks.{index}.upsamplers.0.conv", width, width, 3)
     norm(s, "conv_norm_out", width)
@@ -157,20 +185,27 @@ def vae_shapes(c: TinySD1) -> Shapes:
 
 
 def text_shapes(c: TinySD1) -> Shapes:
-    """What CLIPTextModel of these sizes holds."""
+    """What the CLIPTextModel of these sizes holds, XL's CLIP-L included."""
+    return clip_shapes(c.text_width, c.text_layers)
+
+
+def clip_shapes(width: int, layers: int, projection: int = 0) -> Shapes:
+    """What CLIPTextModel holds or, where a width of projection is given, CLIPTextModelWithProjection."""
     s: Shapes = {
-        "text_model.embeddings.token_embedding.weight": (49408, c.text_width),
-        "text_model.embeddings.position_embedding.weight": (77, c.text_width),
+        "text_model.embeddings.token_embedding.weight": (49408, width),
+        "text_model.embeddings.position_embedding.weight": (77, width),
     }
-    for i in range(c.text_layers):
+    for i in range(layers):
         layer = f"text_model.encoder.layers.{i}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(s, f"{layer}.self_attn.{part}", c.text_width, c.text_width)
-        norm(s, f"{layer}.layer_norm1", c.text_width)
-        norm(s, f"{layer}.layer_norm2", c.text_width)
-        linear(s, f"{layer}.mlp.fc1", c.text_width, 4 * c.text_width)
-        linear(s, f"{layer}.mlp.fc2", 4 * c.text_width, c.text_width)
-    norm(s, "text_model.final_layer_norm", c.text_width)
+            linear(s, f"{layer}.self_attn.{part}", width, width)
+        norm(s, f"{layer}.layer_norm1", width)
+        norm(s, f"{layer}.layer_norm2", width)
+        linear(s, f"{layer}.mlp.fc1", width, 4 * width)
+        linear(s, f"{layer}.mlp.fc2", 4 * width, width)
+    norm(s, "text_model.final_layer_norm", width)
+    if projection:
+        linear(s, "text_projection", width, projection, bias=False)
     return s
 
 
@@ -192,11 +227,14 @@ def weights(component: str, shapes: Shapes) -> dict[str, np.ndarray]:
 
 def components(c: TinySD1) -> dict[str, dict[str, np.ndarray]]:
     """All weights by component, as a diffusers folder names them."""
-    return {
-        "unet": weights("unet", unet_shapes(c)),
-        "vae": weights("vae", vae_shapes(c)),
-        "text_encoder": weights("text_encoder", text_shapes(c)),
-    }
+    return {component: weights(component, shapes) for component, shapes in component_shapes(c).items()}
+
+
+def component_shapes(c: TinySD1) -> dict[str, Shapes]:
+    shapes = {"unet": unet_shapes(c), "vae": vae_shapes(c), "text_encoder": text_shapes(c)}
+    if c.text_2_width:
+        shapes["text_encoder_2"] = clip_shapes(c.text_2_width, c.text_2_layers, c.text_2_width)
+    return shapes
 
 
 def configs(c: TinySD1) -> dict[str, dict[str, object]]:
@@ -204,8 +242,19 @@ def configs(c: TinySD1) -> dict[str, dict[str, object]]:
     down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in c.unet_attends]
     up = ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(c.unet_attends)]
     levels = len(c.vae_widths)
-    return {
+    heads = [width // c.head_size for width in c.unet_widths] if c.head_size else c.heads
+    unet: dict[str, object] = {"transformer_layers_per_block": list(c.unet_depths[: len(c.unet_widths)])}
+    if c.head_size:
+        unet["use_linear_projection"] = True
+    if c.vector_width:
+        unet |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": c.vector_width,
+        }
+    parts: dict[str, dict[str, object]] = {
         "unet": {
+            **unet,
             "_class_name": "UNet2DConditionModel",
             "sample_size": 8,
             "in_channels": c.unet_inputs,
@@ -214,8 +263,8 @@ def configs(c: TinySD1) -> dict[str, dict[str, object]]:
             "layers_per_block": c.unet_blocks,
             "down_block_types": down,
             "up_block_types": up,
-            "cross_attention_dim": c.text_width,
-            "attention_head_dim": c.heads,
+            "cross_attention_dim": c.context_width,
+            "attention_head_dim": heads,
             "norm_num_groups": 32,
         },
         "vae": {
@@ -228,41 +277,49 @@ def configs(c: TinySD1) -> dict[str, dict[str, object]]:
             "norm_num_groups": min(32, c.vae_widths[0] // 4),
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "scaling_factor": 0.18215,
+            "scaling_factor": c.vae_scale,
             "sample_size": 64,
         },
-        "text_encoder": {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "vocab_size": 49408,
-            "hidden_size": c.text_width,
-            "intermediate_size": 4 * c.text_width,
-            "num_hidden_layers": c.text_layers,
-            "num_attention_heads": c.text_width // 64,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "projection_dim": c.text_width,
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-        },
+        "text_encoder": clip_config(c.text_width, c.text_layers, quick=not c.open_clip),
+    }
+    if c.text_2_width:
+        parts["text_encoder_2"] = clip_config(c.text_2_width, c.text_2_layers, quick=False)
+        parts["text_encoder_2"]["architectures"] = ["CLIPTextModelWithProjection"]
+    return parts
+
+
+def clip_config(width: int, layers: int, *, quick: bool) -> dict[str, object]:
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu" if quick else "gelu",
+        "projection_dim": width,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
     }
 
 
 def write_folder(c: TinySD1, folder: Path, dtype: str = "float32") -> Path:
     """A diffusers folder of the tiny model."""
-    files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     for component, tensors in components(c).items():
         (folder / component).mkdir(parents=True, exist_ok=True)
         config = json.dumps(configs(c)[component], indent=1)
         (folder / component / "config.json").write_text(config)
+        stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(
             {name: values.astype(dtype) for name, values in tensors.items()},
-            folder / component / f"{files[component]}.safetensors",
+            folder / component / f"{stem}.safetensors",
         )
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": c.prediction}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    index = {"_class_name": "StableDiffusionPipeline"}
+    index = {"_class_name": c.pipeline}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

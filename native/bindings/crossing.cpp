@@ -37,4 +37,19 @@ const char * c_text(const Name & value, const char * argument) {
     return value ? c_text(*value, argument) : nullptr;
 }
 
+py::tuple numpy_shape(const int64_t (&ne)[4], int dims) { // dims < 0: not known
+    if (dims < 0) {
+        dims = 4;
+        while (dims > 1 && ne[dims - 1] == 1) {
+            dims--;
+        }
+    }
+    dims = std::min(dims, 4);
+    py::tuple shape(dims);
+    for (int i = 0; i < dims; i++) {
+        shape[static_cast<size_t>(i)] = ne[dims - 1 - i];
+    }
+    return shape;
+}
+
 } // namespace binding

@@ -38,6 +38,9 @@ sd_status released(Call && call) {
     return call();
 }
 
+// A shape in numpy's order; `dims` < 0: as many as the last that is not 1.
+py::tuple numpy_shape(const int64_t (&ne)[4], int dims);
+
 // A string as C takes it: it has no byte 0. Null where there is no name.
 const char * c_text(const std::string & value, const char * argument);
 const char * c_text(const Name & value, const char * argument);

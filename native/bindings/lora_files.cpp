@@ -1,5 +1,5 @@
 // LoRA files without a model, as sdcpp_py.lora's tools see them.
-#include "crossing.h"
+#include "context.h"
 
 #include "sdcpp_probe.h"
 
@@ -119,7 +119,7 @@ class LoraFile {
 
 } // namespace
 
-void bind_lora_files(py::module_ & m) {
+void binding::bind_lora_files(py::module_ & m) {
     py::class_<LoraFile>(m, "LoraFile")
         .def(py::init<const std::string &, const std::vector<OutlineWeight> &>(), "path"_a, "outline"_a)
         .def("report", &LoraFile::report)

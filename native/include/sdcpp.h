@@ -102,9 +102,10 @@ typedef struct sd_open_params {
     const char *         data_dir;     // folder with the vocabularies
     const char *         backend;      // a device's name; NULL: the best
     int                  threads;      // 0: one per core
+    const char *         precision;    // of products on the CPU: "f32", "bf16"; NULL or "auto": as the processor likes
     const char *         prediction;   // "eps" or "v"; NULL: as the file says, else the family's own
     const char *         lora_mode;    // NULL: "runtime"
-    const char *         base_copy;    // of weights that LoRAs touch: "file" (NULL), or "ram" for files that may vanish
+    const char *         base_copy;    // "file" (NULL): the model is mapped; "ram": read whole, and may then change or vanish
     bool                 requantise;   // a touched quantised weight goes back to its type; else it is held in f16
     bool                 strict_loras; // any key of a LoRA that fits nothing is an error
     size_t               lora_cache;   // bytes of read LoRAs that are kept though no prompt names them; 0: 2 GB
@@ -123,6 +124,8 @@ typedef struct sd_model_info {
     const char * prediction;     // "eps" or "v"
     const char * backend;        // the device's name
     int          threads;
+    const char * kernels;        // of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations
+    const char * precision;      // of products: "f32" or "bf16"
     int          size_multiple;  // width and height are multiples of it
     int          native_size;    // pixels, what the network was trained at
     int          latent_channels;

@@ -23,7 +23,10 @@ typedef void (*sd_receive)(const sd_tensor * result, void * user);
 
 // Runs one network on the given inputs:
 //   "text"        ids [n, chunks] (whole numbers), clip_skip [1]       -> [width, n, chunks]
+//                 of two encoders also ids_2, and ends [chunks]: where each chunk ends, counted through all
+//   "pooled"      the same                                             -> [width, chunks]
 //   "denoise"     latent [W, H, C, N], time [N], text [width, n, N]    -> what the network predicts
+//                 of SDXL also pooled [width, N] and sizes [6, N]
 //   "vae_encode"  image [W, H, 3, N] in -1..1                          -> mean and log-variance [w, h, 2C, N]
 //   "vae_decode"  latent [w, h, C, N], unscaled                        -> [W, H, 3, N]
 SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tensor * inputs, int n_inputs,
@@ -31,6 +34,21 @@ SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tenso
 
 // The latent that the last picture was decoded from: [w, h, C, images].
 SD_API sd_status sd_probe_latent(sd_ctx * ctx, sd_receive receive, void * user);
+
+// What one kind of operation took in all pictures since sd_probe_profile(ctx, true).
+typedef struct sd_operation_cost {
+    const char * network;   // "text1", "denoise", "vae_decode", ...
+    const char * operation; // "convolution 3x3 320 -> 320, 8192 rows, f16"
+    int64_t      count;
+    double       seconds;
+    double       flops; // additions and multiplications; 0 where none to speak of
+} sd_operation_cost;
+
+// Starts measuring, or stops. Pictures take longer meanwhile.
+SD_API sd_status sd_probe_profile(sd_ctx * ctx, bool on);
+
+// Fills `cost` and returns true, or returns false past the end. Strings live until the next picture.
+SD_API bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost);
 
 typedef struct sd_weight_info {
     const char * name;           // as single files spell it

@@ -129,19 +129,21 @@ sd::Request to_request(const sd_request & from) {
     return request;
 }
 
+bool is_in_ram(const std::string & base_copy) {
+    if (!base_copy.empty() && base_copy != "file" && base_copy != "ram") {
+        sd::fail(sd::Status::bad_argument, "base_copy '%s' is not known; there are: file, ram", base_copy.c_str());
+    }
+    return base_copy == "ram";
+}
+
 sd::LoraOptions to_lora_options(const sd_open_params & from) {
     const std::string mode = from.lora_mode ? from.lora_mode : "runtime";
-    const std::string copy = from.base_copy ? from.base_copy : "file";
     if (mode != "runtime" && mode != "restore" && mode != "diff") {
         sd::fail(sd::Status::bad_argument, "lora_mode '%s' is not known; there are: runtime, restore, diff", mode.c_str());
-    }
-    if (copy != "file" && copy != "ram") {
-        sd::fail(sd::Status::bad_argument, "base_copy '%s' is not known; there are: file, ram", copy.c_str());
     }
     sd::LoraOptions options;
     options.mode = mode == "restore" ? sd::LoraMode::restore : mode == "diff" ? sd::LoraMode::diff : sd::LoraMode::runtime;
     options.merge.requantise = from.requantise;
-    options.merge.base_in_ram = copy == "ram";
     options.strict = from.strict_loras;
     if (from.lora_cache > 0) {
         options.cache_bytes = from.lora_cache;
@@ -238,7 +240,11 @@ const char * sd_build_info(void) {
         if (guarded([&] { ggml = sd::ggml_info(); }) != SD_OK) {
             ggml = "ggml: " + last_error + "\n";
         }
-        return sd::text("sdcpp: %s\ncompiler: %s\n", SDCPP_VERSION, __VERSION__) + ggml;
+        std::string kernels;
+        if (guarded([&] { kernels = sd::kernels_info(); }) != SD_OK) {
+            kernels = "CPU kernels: " + last_error + "\n";
+        }
+        return sd::text("sdcpp: %s\ncompiler: %s\n", SDCPP_VERSION, __VERSION__) + kernels + ggml;
     }();
     return info.c_str();
 }
@@ -260,6 +266,8 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
         open.threads = params->threads;
+        open.precision = or_empty(params->precision);
+        open.in_ram = is_in_ram(or_empty(params->base_copy));
         open.loras = to_lora_options(*params);
         if (params->log) {
             open.log = [call = params->log, user = params->log_user](sd::Level level, const std::string & message) {
@@ -283,6 +291,8 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
             pipeline.prediction() == sd::Prediction::v ? "v" : "eps",
             context.device().name().c_str(),
             context.device().threads(),
+            context.device().kernels_name(),
+            context.device().precision(),
             pipeline.size_multiple(),
             pipeline.native_size(),
             static_cast<int>(pipeline.latent_format().channels),
@@ -462,7 +472,7 @@ sd_status sd_lora_drift(sd_ctx * ctx, double * drift) {
     return guarded([&] {
         need(ctx, "ctx");
         need(drift, "drift");
-        *drift = ctx->context.loras().drift();
+        *drift = ctx->context.lora_drift();
     });
 }
 
@@ -504,6 +514,22 @@ sd_status sd_probe_latent(sd_ctx * ctx, sd_receive receive, void * user) {
         need(ctx, "ctx");
         give(ctx->context.last_latent(), receive, user);
     });
+}
+
+sd_status sd_probe_profile(sd_ctx * ctx, bool on) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        ctx->context.set_profiling(on);
+    });
+}
+
+bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost) {
+    if (!ctx || !cost || index < 0 || index >= static_cast<int>(ctx->context.profile().size())) {
+        return false;
+    }
+    const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
+    *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
+    return true;
 }
 
 bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info) {

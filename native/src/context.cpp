@@ -12,10 +12,13 @@
 
 namespace sd {
 
-// A context is used by one thread at a time, and asks its caller now and then whether to go on.
+// A context is used by one thread at a time, with the files that it opened, and asks its caller now and then whether
+// to go on.
 class Claim {
   public:
     Claim(Context & context, std::function<bool()> keep_going) : context_(context) {
+        context_.weights_.checkpoint().verify_unchanged(
+            "the model was open; open it again, with base_copy 'ram' if it may change once more");
         if (context_.busy_.exchange(true)) {
             fail(Status::busy, "this context is in use by another thread; wait for it, or open a second one");
         }
@@ -75,23 +78,31 @@ int nearest_multiple(int value, int multiple) {
     return std::max(multiple, (value + multiple / 2) / multiple * multiple);
 }
 
+// As people write it: "SDXL".
+std::string written(const Family & family) {
+    std::string name = family.name;
+    std::transform(name.begin(), name.end(), name.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    return name;
+}
+
 // Repeats `one` along the last dimension that it uses not yet.
 void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
 
 } // namespace
 
 Context::Context(const OpenParams & params)
-    : log_(params.log), device_(params.backend, params.threads),
-      weights_(Checkpoint::open(params.model, params.components)),
+    : log_(params.log), device_(params.backend, params.threads, params.precision),
+      weights_(Checkpoint::open(params.model, params.components, params.in_ram)),
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, family_->name); },
+      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {
-        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s", params.model.c_str(), family_->name,
-                               weights_.weights().size(), weights_.resident_bytes() >> 20, device_.name().c_str()));
+        log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
+                               family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
+                               device_.name().c_str(), device_.kernels_name(), device_.precision()));
     }
 }
 
@@ -163,6 +174,20 @@ Conditioning Context::encode_prompt(const Prompt & prompt, size_t image, int cli
     return encoded_.front().conditioning;
 }
 
+// Puts one image's inputs behind those of the images before it.
+static void append_image(Conditioning & all, const Conditioning & one) {
+    for (const auto & [name, tensor] : one.tokens) {
+        Tensor & joined = all.tokens[name];
+        joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
+        append(joined.data, tensor.data);
+    }
+    for (const auto & [name, tensor] : one.vectors) {
+        Tensor & joined = all.vectors[name];
+        joined.ne = {tensor.ne[0], joined.data.empty() ? 1 : joined.ne[1] + 1, 1, 1};
+        append(joined.data, tensor.data);
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -179,14 +204,12 @@ Conditioning Context::condition(const Request & request, bool guided) {
     for (const Prompt * prompt : prompts) {
         chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
     }
-    Conditioning all;
+    const Conditioning picture = pipeline_->describe(request.width, request.height);
+    Conditioning       all;
     for (size_t i = 0; i < prompts.size(); ++i) {
         const size_t image = i % request.batch_size;
-        for (const auto & [name, tensor] : encode_prompt(*prompts[i], image, request.clip_skip, chunks)) {
-            Tensor & joined = all[name];
-            joined.ne = {tensor.ne[0], tensor.ne[1], joined.data.empty() ? 1 : joined.ne[2] + 1, 1};
-            append(joined.data, tensor.data);
-        }
+        append_image(all, encode_prompt(*prompts[i], image, request.clip_skip, chunks));
+        append_image(all, picture);
     }
     return all;
 }
@@ -254,7 +277,6 @@ Context::Latents Context::start(const Request & r) {
 
 void Context::generate(Request r, uint8_t * rgb) {
     const Claim claim(*this, r.keep_going);
-    weights_.checkpoint().verify_unchanged();
     complete(r);
     loras_.apply(r.loras);
     runner_.adapt(nullptr);
@@ -288,8 +310,10 @@ void Context::generate(Request r, uint8_t * rgb) {
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
     Tensor       latent({begin.ne[0], begin.ne[1], pipeline_->input_channels(), runs}), time({runs, 1, 1, 1});
     Inputs       inputs{{"latent", &latent}, {"time", &time}};
-    for (const auto & [name, tensor] : conditioning) {
-        inputs[name] = &tensor;
+    for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
+        for (const auto & [name, tensor] : *part) {
+            inputs[name] = &tensor;
+        }
     }
     const int  steps = static_cast<int>(sigmas.size()) - 1;
     int        done = 0;
@@ -401,9 +425,19 @@ void Context::reset_loras() {
     loras_.reset();
 }
 
+double Context::lora_drift() {
+    const Claim claim(*this, {});
+    return loras_.drift();
+}
+
 LoraReport Context::inspect_lora(const std::string & path) {
     const Claim claim(*this, {});
-    return read_lora(path, lora_names_, family_->name).report;
+    return read_lora(path, lora_names_, written(*family_)).report;
+}
+
+void Context::set_profiling(bool on) {
+    profile_.clear();
+    runner_.set_profile(on ? &profile_ : nullptr);
 }
 
 Tensor Context::probe(const std::string & network, const std::map<std::string, Tensor> & given) {
@@ -413,25 +447,35 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         inputs[name] = &tensor;
     }
     const auto skip = given.find("clip_skip");
+    const bool is_text = network == "text" || network == "pooled";
     const auto build = [&](Graph & g) {
-        g.output("out", network == "text"         ? pipeline_->text(g, skip == given.end() ? 1 : static_cast<int>(skip->second.data[0]))
-                        : network == "denoise"    ? pipeline_->denoise(g)
+        if (is_text) {
+            pipeline_->text(g, skip == given.end() ? pipeline_->defaults().clip_skip
+                                                   : static_cast<int>(skip->second.data[0]));
+            return;
+        }
+        g.output("out", network == "denoise"      ? pipeline_->denoise(g)
                         : network == "vae_encode" ? pipeline_->encode_image(g)
                                                   : pipeline_->decode_latent(g));
     };
-    if (network != "text" && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
-        fail(Status::bad_argument, "network '%s' is not known; there are: text, denoise, vae_encode, vae_decode", network.c_str());
+    if (!is_text && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
+        fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
+             network.c_str());
     }
     runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
-    runner_.adapt(network == "text" || network == "denoise" ? loras_.adapters() : nullptr,
-                  network == "text"                   ? loras_.text_strengths(0)
+    runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
+                  is_text                             ? loras_.text_strengths(0)
                   : network == "denoise" && loras_.adapters() ? loras_.denoiser_strengths(0, 1, runs)
                                                       : Tensor());
-    Tensor out = std::move(runner_.run(network, inputs, build).at("out"));
+    auto       outputs = runner_.run(network, inputs, build);
+    const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
     runner_.keep_only("");
-    return out;
+    if (out == outputs.end()) {
+        fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
+    }
+    return std::move(out->second);
 }
 
 } // namespace sd

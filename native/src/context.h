@@ -21,8 +21,9 @@ namespace sd {
 struct OpenParams {
     std::string                model;
     std::vector<ComponentFile> components;
-    std::string                data_dir, backend, prediction;
+    std::string                data_dir, backend, prediction, precision;
     int                        threads = 0;
+    bool                       in_ram = false; // the files, which may change or vanish then
     LoraOptions                loras;
     Log                        log;
 };
@@ -66,12 +67,17 @@ class Context {
     // What generate() does first, with what its prompts name; see LoraEngine.
     void        apply_loras(const LoraState & wanted);
     void        reset_loras();
+    double      lora_drift();
     LoraReport  inspect_lora(const std::string & path);
     LoraEngine & loras() { return loras_; }
     const LoraEngine & loras() const { return loras_; }
 
     // What the last picture was decoded from; empty before the first.
     const Tensor & last_latent() const { return last_latent_; }
+
+    // Where the time of the pictures that follow goes; begins anew.
+    void            set_profiling(bool on);
+    const Profile & profile() const { return profile_; }
 
     // Runs one network alone; see sdcpp_probe.h.
     Tensor probe(const std::string & network, const std::map<std::string, Tensor> & inputs);
@@ -111,6 +117,7 @@ class Context {
     };
     std::list<Encoded> encoded_; // the newest first
 
+    Profile                    profile_;
     Tensor                     last_latent_;
     const std::vector<float> * estimate_ = nullptr; // of the clean latent, while on_step runs
     Shape                      estimate_ne_{};

@@ -104,7 +104,7 @@ class Rewritten:
         residuals: What lowering the rank left out of each module, |rest| / |whole| (Frobenius).
         residual: The same of all modules together.
         unknown: Stems of the sources that mean nothing and are not in it.
-        shared: Modules of ours that all sources change.
+        warnings: What the sources hold besides, and else the user should hear.
     """
 
     path: str
@@ -116,7 +116,7 @@ class Rewritten:
     residuals: dict[str, float] = field(default_factory=dict)
     residual: float = 0.0
     unknown: list[str] = field(default_factory=list)
-    shared: int = 0
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -177,7 +177,7 @@ def rewrite(
     order = sorted(names)
     result = Rewritten(str(output), sources[0].family, plan.format.name)
     result.unknown = [stem for source in sources for stem in source.unknown]
-    result.shared = sum(all(i in set(source.modules()) for source in sources) for i in order)
+    result.warnings = [f"{source.name}: {warning}" for source in sources for warning in source.report.warnings]
     told: dict[str, str] = {}
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()

@@ -9,19 +9,22 @@ asked for, ``Tensor.changed`` changes their values on the way, ``plan`` decides 
 ...     write(plan(tensors, "out.gguf", type="q8_0", metadata=source.metadata, family=source.family))
 """
 
-from .convert import convert
+from .conversion import convert
 from .imatrix import read_imatrix
+from .info import FileInfo, describe
 from .source import Source, open_source
 from .tensor import TYPES, ElementType, Tensor, element_type, from_array
-from .write import Plan, plan, write
+from .writing import Plan, plan, write
 
 __all__ = [
     "TYPES",
     "ElementType",
+    "FileInfo",
     "Plan",
     "Source",
     "Tensor",
     "convert",
+    "describe",
     "element_type",
     "from_array",
     "open_source",

@@ -41,10 +41,13 @@ class Files:
                 at = 0
                 while at < size and (n := file.readinto(memoryview(out)[at:])):  # type: ignore[attr-defined]
                     at += n
+                have = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise from_os_error(path, error) from error
         if at < size:
-            raise BadFile(f"{path}: ended at byte {offset + at:,} while it was read; was it changed meanwhile?")
+            raise BadFile(
+                f"{path}: has {have:,} bytes, not the {offset + size:,} that it had; was it changed meanwhile?"
+            )
         return out
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from .torch_pickle import Laid, Machine, Opaque
 
 LARGEST_PROGRAM: Final = 256 << 20  # bytes; that of a checkpoint with its optimizer is 2 MB
 DEEPEST: Final = 100  # containers in containers
-MOST_VALUES: Final = 10_000_000  # in containers; a container may stand in another more than once
+MOST_VALUES: Final = 500_000  # in containers; a container may stand in another more than once
 LONGEST_NAME: Final = 1000
 
 Read = Callable[[str, int, int], bytearray]

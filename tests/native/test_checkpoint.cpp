@@ -177,7 +177,7 @@ TEST_CASE("a component given apart replaces that one, in any of its spellings") 
           Names{rest, clip, vae, "unet.conv_in.b", "unet.down_blocks.0.a"});
 
     CHECK(names_with("clip_l", {"cond_stage_model.transformer.text_model.y"}) ==
-          Names{rest, "cond_stage_model.transformer.text_model.y", vae, unet});
+          Names{rest, "text_encoder.text_model.y", vae, unet});
     for (const char * name :
          {"text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight",
           "text_encoder.text_model.embeddings.token_embedding.weight",
@@ -234,19 +234,32 @@ TEST_CASE("a file that changes below us is noticed") {
     const std::string bytes = safetensors_of({"a"});
     const std::string path = folder.write("a.safetensors", bytes);
     const Checkpoint  file = Checkpoint::open(path);
-    file.verify_unchanged();
+    file.verify_unchanged("open");
     std::this_thread::sleep_for(std::chrono::milliseconds(20)); // beyond the clock tick of file systems
     SUBCASE("written again") {
         folder.write("a.safetensors", bytes);
-        CHECK(contains(complaint([&] { file.verify_unchanged(); }, Status::io), "was changed on disk"));
+        CHECK(contains(complaint([&] { file.verify_unchanged("open"); }, Status::io), "was changed on disk"));
     }
     SUBCASE("cut") {
         std::filesystem::resize_file(path, bytes.size() - 1);
-        CHECK(contains(complaint([&] { file.verify_unchanged(); }, Status::io), "was changed on disk"));
+        CHECK(contains(complaint([&] { file.verify_unchanged("open"); }, Status::io), "was changed on disk"));
     }
     SUBCASE("deleted: what is mapped stays") {
         std::filesystem::remove(path);
-        file.verify_unchanged();
+        file.verify_unchanged("open");
         CHECK(bytes_of(*file.find("a")) == std::string(4, '\0'));
     }
+}
+
+TEST_CASE("a file in RAM may change or vanish") {
+    Folder            folder;
+    const std::string bytes = safetensors_of({"a"});
+    const std::string path = folder.write("a.safetensors", bytes);
+    const Checkpoint  file = Checkpoint::open(path, {}, true);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20)); // beyond the clock tick of file systems
+    SUBCASE("written again") { folder.write("a.safetensors", std::string(bytes.size(), 'x')); }
+    SUBCASE("cut") { std::filesystem::resize_file(path, 1); }
+    SUBCASE("deleted") { std::filesystem::remove(path); }
+    file.verify_unchanged("open");
+    CHECK(bytes_of(*file.find("a")) == std::string(4, '\0'));
 }

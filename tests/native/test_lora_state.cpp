@@ -242,21 +242,3 @@ TEST_CASE("text encoders have an identity of their own") {
     engine->apply({});
     CHECK(engine->text_identity(0) == "");
 }
-
-TEST_CASE("a copy of the base in RAM outlives the file") {
-    LoraModel model(DType::q8_0, DType::f16);
-    const auto paths = some_loras(model);
-    LoraOptions options = merging(LoraMode::restore);
-    options.merge.base_in_ram = true;
-    auto engine = model.engine(options);
-    const auto clean = model.store.fingerprint();
-    engine->apply(state_of({use_of(paths[0], 1)}));
-    const auto once = model.store.fingerprint();
-    engine->apply({});
-    CHECK(model.store.fingerprint() == clean);
-    CHECK(std::string(resident_type_name(*model.linear.weight)) == "q8_0");
-    engine->apply(state_of({use_of(paths[0], 1)}));
-    CHECK(model.store.fingerprint() == once);
-    engine->reset();
-    CHECK(model.store.fingerprint() == clean);
-}

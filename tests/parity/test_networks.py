@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
-from cases import NETWORKS, SD1, Case
+import tiny_sdxl
+from cases import NETWORKS, SD1, SD2, SD2_V_DEEP, SDXL, SDXL_DEEP, Case
 from closeness import assert_close
 
 from sdcpp_py import _native
@@ -31,15 +34,21 @@ def test_a_network_matches_diffusers(case: Case, probe: Callable[..., np.ndarray
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> _native.Context:
-    folder = tiny.write_folder(SD1, tmp_path_factory.mktemp("half"), dtype="float16")
-    return _native.Context(str(folder), data_dir=str(data_dir()), threads=2)
+def half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], _native.Context]:
+    """A tiny model with weights of f16, opened at its first use."""
+
+    @cache
+    def context(model: tiny.TinySD1) -> _native.Context:
+        folder = tiny.write_folder(model, tmp_path_factory.mktemp("half"), dtype="float16")
+        return _native.Context(str(folder), data_dir=str(data_dir()), threads=2)
+
+    return context
 
 
-@pytest.mark.parametrize("case", [c for c in NETWORKS if c.model == SD1], ids=lambda case: case.name)
-def test_f16_weights_stay_close(case: Case, half: _native.Context, reference) -> None:
+@pytest.mark.parametrize("case", [c for c in NETWORKS if c.model in (SD1, SD2, SDXL)], ids=lambda case: case.name)
+def test_f16_weights_stay_close(case: Case, half: Callable[[tiny.TinySD1], _native.Context], reference) -> None:
     """ggml rounds activations to f16 in products with f16 weights: 5e-4 each, several times that in all."""
-    assert_close(_native.probe_run(half, case.network, **case.inputs), reference.run(case), tolerance=5e-3)
+    assert_close(_native.probe_run(half(case.model), case.network, **case.inputs), reference.run(case), tolerance=5e-3)
 
 
 def test_single_file_names_are_those_that_diffusers_converts(native, tiny_folder) -> None:
@@ -64,3 +73,33 @@ def test_single_file_names_are_those_that_diffusers_converts(native, tiny_folder
         got = {f"{component}.{name}": int(values.flatten()[0]) for name, values in converted.items()}
         assert got == {mine[name]: i for i, name in enumerate(mine)}
     assert len(single) == len(table)
+
+
+@pytest.mark.parametrize("model", [SD2, SD2_V_DEEP, SDXL, SDXL_DEEP], ids=["sd2", "sd2-deep", "sdxl", "sdxl-deep"])
+def test_single_files_of_the_tests_are_what_diffusers_converts(model: tiny.TinySD1) -> None:
+    """The folder's tensors come back from the single file: names, fused projections and the transposed one."""
+    import torch
+    import transformers
+    from diffusers.loaders import single_file_utils
+
+    single = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in tiny_sdxl.single_tensors(model).items()}
+    parts, configs = tiny.components(model), tiny.configs(model)
+    assert same(single_file_utils.convert_ldm_unet_checkpoint(dict(single), configs["unet"]), parts["unet"])
+    assert same(single_file_utils.convert_ldm_vae_checkpoint(dict(single), configs["vae"]), parts["vae"])
+    if model.text_2_width:
+        prefix, component, width = "conditioner.embedders.1.model.", "text_encoder_2", model.text_2_width
+        first = "conditioner.embedders.0.transformer."
+        clip_l = {name.removeprefix(first): v for name, v in single.items() if name.startswith(first)}
+        assert same(clip_l, parts["text_encoder"])
+    else:  # the file has one layer more
+        prefix, component, width = "cond_stage_model.model.", "text_encoder", model.text_width
+    network = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**configs[component]))
+    if f"{prefix}text_projection" not in single:  # diffusers reads the width from it
+        single[f"{prefix}text_projection"] = torch.zeros((width, width))
+    converted = single_file_utils.convert_open_clip_checkpoint(network, dict(single), prefix=prefix)
+    assert same({name: converted[name] for name in parts[component]}, parts[component])
+
+
+def same(got: dict[str, Any], want: dict[str, np.ndarray]) -> bool:
+    """Whether both hold the same tensors under the same names."""
+    return got.keys() == want.keys() and all(np.array_equal(got[name].numpy(), want[name]) for name in want)

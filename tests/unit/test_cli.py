@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,16 @@ def test_info_of_a_picture_is_its_text(sdcpp):
 
 def test_info_of_a_model(sdcpp, tiny_sd1):
     output = sdcpp("info", tiny_sd1).output
-    for words in ("sd1", "eps", "512 x 512", "f32", "model", "first_stage_model", files.model_hash(tiny_sd1)):
+    for words in (
+        "sd1",
+        "eps",
+        "512 x 512",
+        "paints",
+        "type f32",
+        "part denoiser",
+        "part vae",
+        files.model_hash(tiny_sd1),
+    ):
         assert words in output
 
 
@@ -234,10 +244,10 @@ def test_info_of_what_is_neither(sdcpp, content):
 
 def test_doctor(sdcpp):
     output = sdcpp("doctor").output
-    for words in ("sdcpp_py", __version__, "numpy", "CPU", "GiB free", "ggml"):
+    for words in ("sdcpp_py", __version__, "numpy", "CPU kernels", "precision auto", "GiB free", "ggml"):
         assert words in output
     options = "--no-cache-dir --force-reinstall --no-deps --no-binary libggml-python"
-    assert re.search(rf'^  CMAKE_ARGS="-DGGML_NATIVE=ON" pip install {options} libggml-python==\S+$', output, re.M)
+    assert re.search(rf'^  CMAKE_ARGS="-DGGML_CUDA=ON" pip install {options} libggml-python==\S+$', output, re.M)
 
 
 def test_help_lists_what_the_engine_knows(sdcpp):
@@ -252,3 +262,76 @@ def test_python_m_is_the_same():
     process = run("--version")
     assert process.communicate()[0] == f"{__version__}\n"
     assert process.returncode == 0
+
+
+# ---- weights -------------------------------------------------------------------------------------------
+
+
+def test_convert_tells_what_it_wrote(sdcpp, tiny_sd1):
+    result = sdcpp("convert", tiny_sd1, "a.gguf", "--type", "q4_K", "--tensor-type", "token_embedding=q8_0")
+    assert result.exit_code == 0, result.output
+    for words in ("a.gguf", "q8_0", "together", "no blocks of q4_K; they become q5_0"):
+        assert words in result.output
+    result = sdcpp("convert", tiny_sd1, "b.gguf", "--type", "q8_0", "--dry-run")
+    assert "b.gguf" in result.output
+    assert not Path("b.gguf").exists()
+    result = sdcpp("convert", tiny_sd1, "b.gguf", "-q")
+    assert result.output == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.ckpt", "a.gguf"], "none.ckpt: "),
+        (["MODEL", "a.ckpt"], "a.ckpt: models are written as .gguf or .safetensors"),
+        (["MODEL", "a.gguf", "--type", "q9"], "type 'q9': weights cannot be written so"),
+        (["MODEL", "a.gguf", "--tensor-type", "x"], "tensor-type 'x': expected REGEX=TYPE"),
+        (["MODEL", "a.gguf", "--split", "many"], "split 'many': expected a size such as 2G"),
+        (["MODEL", "a.gguf", "--imatrix", "MODEL"], "is it an importance matrix?"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_one_sentence(sdcpp, tiny_sd1, arguments, sentence):
+    result = sdcpp("convert", *(str(tiny_sd1) if word == "MODEL" else word for word in arguments))
+    assert result.exit_code == 1
+    assert sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not Path("a.gguf").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_stops_a_conversion_and_leaves_nothing(tiny_sd1, tmp_path):
+    work = "import sdcpp_py.weights.writing as w; w.PIECE = 64; import sdcpp_py.cli as c; print(flush=True); c.main()"
+    arguments = ["convert", str(tiny_sd1), "a.gguf", "--type", "iq4_nl", "--threads", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", work, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            process.stdout.readline()
+            while not any(path.suffix == ".part" for path in Path.cwd().iterdir()):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "stopped; nothing more is written"
+    assert [path for path in Path.cwd().iterdir() if path.suffix in (".part", ".gguf")] == []
+
+
+def test_quality_of_a_conversion(sdcpp, tiny_sd1):
+    assert sdcpp("convert", tiny_sd1, "a.gguf", "--type", "q8_0", "--drop", "quant_conv").exit_code == 0
+    result = sdcpp("quality", tiny_sd1, "a.gguf", "--worst", "1")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^q8_0 .* relative RMSE [45]\.\d+e-03", result.output, re.M)
+    assert re.search(r"^f32 .* relative RMSE 0\.00e\+00", result.output, re.M)
+    assert re.search(r"^  5\.\d+e-03  f32 to q8_0  \S+$", result.output, re.M)
+    assert "only in A: 4 tensors" in result.output
+
+
+def test_info_tells_what_is_missing(sdcpp, tiny_sd1):
+    assert sdcpp("convert", tiny_sd1, "vae.safetensors", "--only", "vae").exit_code == 0
+    output = sdcpp("info", "vae.safetensors").output
+    assert re.search(r"^  family +vae$", output, re.M)
+    assert re.search(r"^  paints +no: holds names such as ", output, re.M)
+    assert sdcpp("convert", tiny_sd1, "part.safetensors", "--drop", "time_embed").exit_code == 0
+    assert re.search(r"^  paints +no: .*time_embed", sdcpp("info", "part.safetensors").output, re.M)

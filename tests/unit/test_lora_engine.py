@@ -886,24 +886,90 @@ def test_diff_drifts_little(contexts: dict[str, SDContext], write: Callable[...,
     assert context.fingerprint() == plain["fingerprint"]
 
 
-def test_base_copy_ram_does_not_read_the_file_again(
-    folder: Path, tmp_path: Path, write: Callable[..., Path], native: Any
+def test_text_that_drifted_is_not_kept_beyond_a_reset(
+    contexts: dict[str, SDContext], write: Callable[..., Path], plain: dict[str, Any]
 ) -> None:
-    """What LoRAs touched comes back though its bytes in the file are others by now."""
+    """What prompts mean is kept while nothing changes: rounding that `diff` leaves in a text encoder is a change."""
+    context = contexts["diff"]
+    files = [write(random_update(lora_files.attention("text_encoder"), seed=i)) for i in range(2)]
+    seen = set()
+    for begin in (0.37, 0.73):
+        for i in range(20):
+            context.apply_loras({files[i % 2]: begin + i / 10})
+        seen.add(latent(context).tobytes())
+        context.reset_loras()
+        assert_same(latent(context), plain["latent"])
+    assert len(seen | {plain["latent"].tobytes()}) == 3
+
+
+def written_over(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+
+
+def replaced(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(b"another")
+    other.replace(path)
+
+
+LOSSES: dict[str, Callable[[Path], Any]] = {
+    "deleted": Path.unlink,
+    "replaced": replaced,
+    "cut": lambda path: os.truncate(path, 100),
+    "written-over": written_over,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("mode", [*MODES, "diff"])
+def test_base_copy_ram_paints_on_without_the_file(
+    mode: str, loss: str, folder: Path, tmp_path: Path, write: Callable[..., Path], native: Any
+) -> None:
+    """To the last bit, with LoRAs that were known before and with one that has to read the base for the first time."""
     path = tiny.write_single(folder, tmp_path / "model.safetensors", native(SD1))
-    file = write(random_update([TO_Q, CONV]))
-    with SDContext(path, threads=1, lora_mode="restore", base_copy="ram") as context:
-        before = context.fingerprint()
+    known = write(random_update([TO_Q, CONV, NORM], lambda rng, w: reference_lora.KINDS["full"].make(rng, w)))
+    fresh = write(random_update([TO_V, CONV], reference_lora.dora(reference_lora.lora, False)))
+    states: list[dict[Path, float]] = [{}, {known: 0.7}, {known: 0.3, fresh: 1.0}, {fresh: -0.5}, {}]
+
+    def run(vanishes: bool) -> list[tuple[bytes, str]]:
+        with SDContext(path, threads=1, lora_mode=mode, base_copy="ram") as context:
+            seen = []
+            for i, state in enumerate(states):
+                if vanishes and i == 2:
+                    LOSSES[loss](path)
+                seen.append((latent(context, loras=state).tobytes(), context.fingerprint()))
+            context.reset_loras()
+            return [*seen, (latent(context).tobytes(), context.fingerprint())]
+
+    want = run(vanishes=False)
+    assert want[-1] == want[0]
+    assert run(vanishes=True) == want
+
+
+@pytest.mark.parametrize("loss", ["cut", "written-over"])
+@pytest.mark.parametrize("mode", [*MODES, "diff"])
+def test_a_mapped_model_that_changes_is_noticed(
+    mode: str, loss: str, folder: Path, tmp_path: Path, write: Callable[..., Path], native: Any
+) -> None:
+    """Every call that would read it refuses: what it holds is not the base any more, or not there at all."""
+    path = tiny.write_single(folder, tmp_path / "model.safetensors", native(SD1))
+    file = write(random_update([TO_Q]))
+    with SDContext(path, threads=1, lora_mode=mode) as context:
         context.apply_loras({file: 1.0})
-        with path.open("r+b") as model:
-            header_size = int.from_bytes(model.read(8), "little")
-            header = json.loads(model.read(header_size))
-            for module in (TO_Q, CONV):
-                begin, end = header[f"{lora_files.single_file(module)}.weight"]["data_offsets"]
-                model.seek(8 + header_size + begin)
-                model.write(bytes(end - begin))
-        context.apply_loras({})
-        assert context.fingerprint() == before
+        state = context.lora_state
+        time.sleep(0.02)  # beyond the clock tick of file systems
+        LOSSES[loss](path)
+        for call in (
+            lambda: context.generate("a cat", **RUN),
+            lambda: context.apply_loras({file: 0.5}),
+            context.reset_loras,
+            context.fingerprint,
+            lambda: context._native.lora_drift(),
+        ):
+            with pytest.raises(SdcppError, match=r"was changed on disk while the model was open; .*base_copy"):
+                call()
+        assert context.lora_state == state
 
 
 def test_a_file_that_is_replaced_is_noticed(contexts: dict[str, SDContext], write: Callable[..., Path]) -> None:

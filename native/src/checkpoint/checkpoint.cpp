@@ -39,12 +39,13 @@ namespace {
 
 } // namespace
 
-Checkpoint Checkpoint::open(const std::string & path, const std::vector<ComponentFile> & components) {
+Checkpoint Checkpoint::open(const std::string & path, const std::vector<ComponentFile> & components, bool in_ram) {
     if (path.empty() && components.empty()) {
         fail(Status::bad_argument,
              "no model given; expected a .safetensors or .gguf file, or a diffusers folder");
     }
     Checkpoint out;
+    out.in_ram_ = in_ram;
     out.path_ = path.empty() ? components[0].path : path;
     if (!path.empty()) {
         out.add_main();
@@ -61,11 +62,10 @@ const StoredTensor * Checkpoint::find(const std::string & name) const {
     return found != index_.end() ? &tensors_[found->second] : nullptr;
 }
 
-void Checkpoint::verify_unchanged() const {
+void Checkpoint::verify_unchanged(const char * since) const {
     for (const auto & file : files_) {
         if (!file->unchanged()) {
-            fail(Status::io, "%s: was changed on disk while the model was open; open it again",
-                 file->path().c_str());
+            fail(Status::io, "%s: was changed on disk while %s", file->path().c_str(), since);
         }
     }
 }
@@ -129,7 +129,7 @@ void Checkpoint::add_component(const ComponentFile & given) {
 
 std::vector<StoredTensor> Checkpoint::read(const std::string & path,
                                            std::map<std::string, std::string> & metadata) {
-    files_.push_back(std::make_unique<MappedFile>(path));
+    files_.push_back(std::make_unique<MappedFile>(path, in_ram_));
     const MappedFile & file = *files_.back();
     if (is_gguf(file)) {
         return read_gguf(file, metadata);

@@ -1,4 +1,5 @@
-// A model's files as one table of named tensors. Files are mapped, never read whole; nothing is converted.
+// A model's files as one table of named tensors. Files are mapped, not read, unless they may vanish; nothing is
+// converted.
 #pragma once
 
 #include "core/dtype.h"
@@ -26,7 +27,7 @@ struct StoredTensor {
     const uint8_t * data() const { return file->data() + offset; }
 };
 
-// A component given apart: its role ("model" or "unet", "vae", "clip_l") and its file, or its folder out of a
+// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h") and its file, or its folder out of a
 // diffusers folder.
 struct ComponentFile {
     std::string role;
@@ -40,8 +41,10 @@ class Checkpoint {
     // "cond_stage_model.…"); tensors of a diffusers folder, and of component files in that layout, are
     // prefixed by their component ("unet.", "vae.", "text_encoder."). A component given apart replaces the
     // one inside `path`; `path` may be "" where all that is needed is given apart.
-    // Throws Error(bad_file / unsupported / io / bad_argument).
-    static Checkpoint open(const std::string & path, const std::vector<ComponentFile> & components = {});
+    // `in_ram` reads the files into memory of our own instead of mapping them.
+    // Throws Error(bad_file / unsupported / io / bad_argument / out_of_memory).
+    static Checkpoint open(const std::string & path, const std::vector<ComponentFile> & components = {},
+                           bool in_ram = false);
 
     const std::string & path() const { return path_; }
 
@@ -57,8 +60,9 @@ class Checkpoint {
     // numbers as "5,10,20").
     const std::map<std::string, std::string> & metadata() const { return metadata_; }
 
-    // Throws if a file has become shorter or newer since it was opened: its mapping can't be trusted then.
-    void verify_unchanged() const;
+    // Throws if a mapped file has become shorter or newer since it was opened: it can't be trusted then.
+    // `since` ends the sentence "was changed on disk while", with the next step.
+    void verify_unchanged(const char * since) const;
 
   private:
     void                      add_main();
@@ -67,6 +71,7 @@ class Checkpoint {
     void                      build_index();
 
     std::string                              path_;
+    bool                                     in_ram_ = false;
     std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<StoredTensor>                tensors_;
     std::unordered_map<std::string, size_t>  index_;

@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 
+#include <algorithm>
 #include <system_error>
 
 #if defined(_WIN32)
@@ -28,11 +29,18 @@ namespace {
     fail(Status::bad_file, "%s: is empty; the download was probably cut", path.c_str());
 }
 
-} // namespace
+[[noreturn]] void refuse_changed(const std::string & path) {
+    fail(Status::io, "%s: was changed while it was read; open it again", path.c_str());
+}
+
+[[noreturn]] void refuse_no_room(const std::string & path, size_t size) {
+    fail(Status::out_of_memory, "%s: %zu MB of memory for its contents could not be had", path.c_str(),
+         size >> 20);
+}
+
+constexpr size_t most_at_once = size_t{1} << 30; // bytes of one read; systems have limits of their own
 
 #if defined(_WIN32)
-
-namespace {
 
 HANDLE as_handle(intptr_t handle) { return reinterpret_cast<HANDLE>(handle); }
 
@@ -50,25 +58,19 @@ int64_t modified(HANDLE handle) {
     return static_cast<int64_t>(static_cast<uint64_t>(time.dwHighDateTime) << 32 | time.dwLowDateTime);
 }
 
-} // namespace
-
-MappedFile::MappedFile(const std::string & path) : path_(path) {
+intptr_t open_file(const std::string & path) {
     // Others may read, not write: what is mapped can't change below us.
     const HANDLE handle = CreateFileW(wide(path).c_str(), GENERIC_READ, FILE_SHARE_READ | FILE_SHARE_DELETE,
                                       nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
     if (handle == INVALID_HANDLE_VALUE) {
         refuse(path, "opened", static_cast<int>(GetLastError()));
     }
-    handle_ = reinterpret_cast<intptr_t>(handle);
-    try {
-        map();
-    } catch (...) {
-        release();
-        throw;
-    }
+    return reinterpret_cast<intptr_t>(handle);
 }
 
-void MappedFile::map() {
+} // namespace
+
+void MappedFile::examine() {
     LARGE_INTEGER size = {};
     if (!GetFileSizeEx(as_handle(handle_), &size)) {
         refuse(path_, "examined", static_cast<int>(GetLastError()));
@@ -78,6 +80,9 @@ void MappedFile::map() {
     }
     size_ = static_cast<size_t>(size.QuadPart);
     modified_ = modified(as_handle(handle_));
+}
+
+void MappedFile::map() {
     const HANDLE mapping = CreateFileMappingW(as_handle(handle_), nullptr, PAGE_READONLY, 0, 0, nullptr);
     if (mapping) {
         data_ = static_cast<const uint8_t *>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
@@ -91,22 +96,47 @@ void MappedFile::map() {
     }
 }
 
-void MappedFile::release() {
-    if (data_) {
-        UnmapViewOfFile(data_);
+void MappedFile::read() {
+    auto * to = static_cast<uint8_t *>(VirtualAlloc(nullptr, size_, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
+    if (!to) {
+        refuse_no_room(path_, size_);
     }
-    CloseHandle(as_handle(handle_));
+    data_ = to;
+    for (size_t at = 0; at < size_;) {
+        DWORD got = 0;
+        if (!ReadFile(as_handle(handle_), to + at, static_cast<DWORD>(std::min(size_ - at, most_at_once)), &got,
+                      nullptr)) {
+            refuse(path_, "read", static_cast<int>(GetLastError()));
+        }
+        if (got == 0) {
+            refuse_changed(path_);
+        }
+        at += got;
+    }
 }
 
-bool MappedFile::unchanged() const {
+void MappedFile::release_data() {
+    if (data_ && in_ram_) {
+        VirtualFree(const_cast<uint8_t *>(data_), 0, MEM_RELEASE);
+    } else if (data_) {
+        UnmapViewOfFile(data_);
+    }
+}
+
+void MappedFile::close_file() {
+    if (handle_ != -1) {
+        CloseHandle(as_handle(handle_));
+        handle_ = -1;
+    }
+}
+
+bool MappedFile::is_as_opened() const {
     LARGE_INTEGER size = {};
     return GetFileSizeEx(as_handle(handle_), &size) && static_cast<size_t>(size.QuadPart) == size_ &&
            modified(as_handle(handle_)) == modified_;
 }
 
 #else
-
-namespace {
 
 int64_t modified(const struct stat & state) {
 #if defined(__APPLE__)
@@ -117,23 +147,18 @@ int64_t modified(const struct stat & state) {
     return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
-} // namespace
-
-MappedFile::MappedFile(const std::string & path) : path_(path) {
+intptr_t open_file(const std::string & path) {
     // O_NONBLOCK: opening a pipe that nobody writes to would wait for ever; files do not mind.
-    handle_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (handle_ < 0) {
+    const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (descriptor < 0) {
         refuse(path, "opened", errno);
     }
-    try {
-        map();
-    } catch (...) {
-        release();
-        throw;
-    }
+    return descriptor;
 }
 
-void MappedFile::map() {
+} // namespace
+
+void MappedFile::examine() {
     struct stat state = {};
     if (fstat(static_cast<int>(handle_), &state) != 0) {
         refuse(path_, "examined", errno);
@@ -147,6 +172,9 @@ void MappedFile::map() {
     }
     size_ = static_cast<size_t>(state.st_size);
     modified_ = modified(state);
+}
+
+void MappedFile::map() {
     void * data = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, static_cast<int>(handle_), 0);
     if (data == MAP_FAILED) {
         refuse(path_, "mapped", errno);
@@ -154,14 +182,39 @@ void MappedFile::map() {
     data_ = static_cast<const uint8_t *>(data);
 }
 
-void MappedFile::release() {
+void MappedFile::read() {
+    void * data = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (data == MAP_FAILED) {
+        refuse_no_room(path_, size_);
+    }
+    auto * to = static_cast<uint8_t *>(data);
+    data_ = to;
+    for (size_t at = 0; at < size_;) {
+        const ssize_t got = ::read(static_cast<int>(handle_), to + at, std::min(size_ - at, most_at_once));
+        if (got < 0 && errno != EINTR) {
+            refuse(path_, "read", errno);
+        }
+        if (got == 0) {
+            refuse_changed(path_);
+        }
+        at += got > 0 ? static_cast<size_t>(got) : 0;
+    }
+}
+
+void MappedFile::release_data() {
     if (data_) {
         munmap(const_cast<uint8_t *>(data_), size_);
     }
-    close(static_cast<int>(handle_));
 }
 
-bool MappedFile::unchanged() const {
+void MappedFile::close_file() {
+    if (handle_ != -1) {
+        close(static_cast<int>(handle_));
+        handle_ = -1;
+    }
+}
+
+bool MappedFile::is_as_opened() const {
     struct stat state = {};
     return fstat(static_cast<int>(handle_), &state) == 0 && static_cast<size_t>(state.st_size) == size_ &&
            modified(state) == modified_;
@@ -169,6 +222,30 @@ bool MappedFile::unchanged() const {
 
 #endif
 
-MappedFile::~MappedFile() { release(); }
+MappedFile::MappedFile(const std::string & path, bool in_ram) : path_(path), handle_(open_file(path)), in_ram_(in_ram) {
+    try {
+        examine();
+        if (!in_ram) {
+            map();
+            return;
+        }
+        read();
+        if (!is_as_opened()) {
+            refuse_changed(path);
+        }
+        close_file();
+    } catch (...) { // without an object there is no destructor
+        release_data();
+        close_file();
+        throw;
+    }
+}
+
+MappedFile::~MappedFile() {
+    release_data();
+    close_file();
+}
+
+bool MappedFile::unchanged() const { return in_ram_ || is_as_opened(); }
 
 } // namespace sd

@@ -4,10 +4,10 @@
 
 namespace sd {
 
-extern const Family sd1;
+extern const Family sd1, sd2, sdxl;
 
 const std::vector<const Family *> & families() {
-    static const std::vector<const Family *> table{&sd1};
+    static const std::vector<const Family *> table{&sd1, &sd2, &sdxl};
     return table;
 }
 

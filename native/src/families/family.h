@@ -34,8 +34,11 @@ struct LatentFormat {
 
 using Prompt = std::vector<Span>;
 
-// Inputs of the denoiser that say what to paint, by name; the last dimension counts images.
-using Conditioning = std::map<std::string, Tensor>;
+// Inputs of the denoiser that say what to paint, by name.
+struct Conditioning {
+    std::map<std::string, Tensor> tokens;  // [width, tokens] of one image, [width, tokens, N] of several
+    std::map<std::string, Tensor> vectors; // [width], or [width, N]: of an image as a whole
+};
 
 class Pipeline {
   public:
@@ -54,9 +57,16 @@ class Pipeline {
     virtual Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const = 0;
     virtual int          count_tokens(const std::string & text) const = 0;
 
-    // Graphs of the networks. Inputs: "ids" [n, chunks]; "latent" [w, h, C, N], "time" [N] and the conditioning;
-    // "image" [W, H, 3, N]; "latent" [w, h, C, N].
-    virtual Value text(Graph & g, int clip_skip) const = 0;
+    // What the denoiser is told of one image of this size in pixels, whatever the prompt.
+    virtual Conditioning describe(int width, int height) const {
+        static_cast<void>(width), static_cast<void>(height);
+        return {};
+    }
+
+    // Graphs of the networks. Inputs: "ids" [n, chunks], of a second encoder "ids_2" and "ends" [chunks]; "latent"
+    // [w, h, C, N], "time" [N] and the conditioning; "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    // The text's outputs: "states" [width, n, chunks], and "pooled" [width, chunks] where the family has it.
+    virtual void  text(Graph & g, int clip_skip) const = 0;
     virtual Value denoise(Graph & g) const = 0;
     virtual Value encode_image(Graph & g) const = 0; // mean and log-variance, unscaled
     virtual Value decode_latent(Graph & g) const = 0;

@@ -270,9 +270,12 @@ void LoraEngine::add_differences(const std::vector<WeightSum> & wanted) {
         }
     }
     merge_.add(work);
+    bool of_text = false;
     for (const WeightSum & sum : work) {
         touched_.insert(sum.weight);
+        of_text = of_text || is_text_weight(*sum.weight);
     }
+    text_drift_ = of_text ? ++text_drifts_ : text_drift_;
 }
 
 void LoraEngine::reset() {
@@ -282,6 +285,7 @@ void LoraEngine::reset() {
     }
     merge_.rebuild(plain);
     touched_.clear();
+    text_drift_ = 0;
     sums_.clear();
     pack_.reset();
     packed_.clear();
@@ -354,6 +358,9 @@ std::vector<LoraReport> LoraEngine::reports() const {
 
 std::string LoraEngine::text_identity(size_t image) const {
     std::string out;
+    if (text_drift_ > 0) {
+        out = text("drift %llu\n", static_cast<unsigned long long>(text_drift_));
+    }
     if (state_.images.empty()) {
         return out;
     }

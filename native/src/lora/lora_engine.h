@@ -84,6 +84,8 @@ class LoraEngine {
     bool acts_ = false;                // whether the pack is in force
     std::vector<WeightSum> sums_;      // restore, diff: in force
     std::set<const Weight *> touched_; // restore, diff: by anything since the last reset
+    // diff: what rounding has left in the text encoders by now; 0: nothing, others never come again.
+    uint64_t text_drift_ = 0, text_drifts_ = 0;
 };
 
 } // namespace sd

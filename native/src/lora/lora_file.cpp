@@ -162,7 +162,7 @@ LoraFile read_lora(const std::string & path, const LoraNames & names, const std:
     check_fit(out, builder.fit(), denoiser, model);
     drop_duplicates(out.modules, report);
     count_modules(out);
-    source.file.verify_unchanged();
+    source.file.verify_unchanged("it was read; ask for it again");
     return out;
 }
 

@@ -93,9 +93,6 @@ void LoraMerge::check_range(const Piece & piece, const std::vector<float> & rows
 }
 
 void LoraMerge::prepare(const Weight & weight) {
-    if (options_.base_in_ram) {
-        weights_.keep_base(weight);
-    }
     weights_.make_writable(weight, options_.requantise);
 }
 

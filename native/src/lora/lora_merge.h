@@ -25,8 +25,7 @@ struct WeightSum {
 };
 
 struct MergeOptions {
-    bool requantise = false;  // a quantised weight that is touched: its own type again, rather than f16
-    bool base_in_ram = false; // keep a copy of the bytes of each weight before it is touched
+    bool requantise = false; // a quantised weight that is touched: its own type again, rather than f16
 };
 
 class LoraMerge {

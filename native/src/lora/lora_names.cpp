@@ -121,17 +121,17 @@ void LoraNames::add(const Weight & weight) {
         const size_t dot = diffusers.find('.');
         return dot == std::string::npos ? "" : diffusers.substr(dot + 1);
     };
-    // OpenCLIP keeps this matrix transposed: no LoRA for one layout fits the other.
-    if (ends_with(weight.name, ".text_projection") && ends_with(weight.diffusers, ".weight")) {
-        return;
-    }
+    // OpenCLIP keeps this matrix transposed, and it is resident as HF has it: updates under HF's name fit.
+    const bool turned = ends_with(weight.name, ".text_projection") && ends_with(weight.diffusers, ".weight");
     for (const auto & place : PLACES) {
         if (!begins_with(weight.name, place.prefix)) {
             continue;
         }
         has_[place.component] = true;
         const LoraTarget whole{&weight, 0, form_of(weight).out, false};
-        add_path(place.component, weight.name.substr(place.prefix.size()), whole);
+        if (!turned) {
+            add_path(place.component, weight.name.substr(place.prefix.size()), whole);
+        }
         if (!weight.diffusers.empty()) {
             add_path(place.component, inner(weight.diffusers), whole);
         }

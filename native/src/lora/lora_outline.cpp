@@ -129,7 +129,7 @@ std::vector<LoraModule> LoraOutline::read(size_t entry) const {
     if (!report.skipped.empty()) {
         fail(Status::bad_file, "%s: %s", report_.path.c_str(), report.skipped[0].c_str());
     }
-    source_.file.verify_unchanged();
+    source_.file.verify_unchanged("it was read; ask for it again");
     return out;
 }
 

@@ -38,22 +38,22 @@ std::vector<TransformerBlock> SpatialTransformer::declare_blocks() const {
 }
 
 Value SpatialTransformer::operator()(Graph & g, Value x, Value text) const {
-    const Shape ne = Graph::shape(x);
-    Value       h = proj_in(g, g.tokens(norm(g, x)));
+    const auto [width_now, height_now] = g.size(x);
+    Value h = proj_in(g, g.tokens(norm(g, x)));
     for (const TransformerBlock & block : blocks) {
         h = block(g, h, text);
     }
-    return g.add(x, g.image(proj_out(g, h), ne[0], ne[1]));
+    return g.add(x, g.image(proj_out(g, h), width_now, height_now));
 }
 
-Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(heads) {
+Unet::Unet(const Scope & here, const UnetKind & kind) : here_(here), kind_(kind) {
     const Scope          mid_text = here.at("middle_block.1", "mid_block.attentions.0").at("transformer_blocks.0.attn2.to_k");
     const StoredTensor * conv_in = here.at("input_blocks.0.0", "conv_in").find();
     const StoredTensor * conv_out = here.at("out.2", "conv_out").find();
     const StoredTensor * time1 = here.at("time_embed.0", "time_embedding.linear_1").find();
     const StoredTensor * text = mid_text.find();
     if (!conv_in || !conv_out || !time1 || !text) {
-        fail(Status::bad_file, "the UNet of Stable Diffusion 1.x is incomplete: %s or its diffusers name is missing",
+        fail(Status::bad_file, "the UNet of Stable Diffusion is incomplete: %s or its diffusers name is missing",
              (!conv_in    ? here.at("input_blocks.0.0")
               : !conv_out ? here.at("out.2")
               : !time1    ? here.at("time_embed.0")
@@ -66,6 +66,9 @@ Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(he
     output_channels_ = conv_out->ne[3];
     time_width_ = time1->ne[1];
     context_ = text->ne[0];
+    const Scope          label1 = here.at("label_emb.0.0", "add_embedding.linear_1");
+    const StoredTensor * vector = kind.vector ? label1.find() : nullptr;
+    vector_ = vector ? vector->ne[0] : 0;
     if (base_ % 32 != 0) {
         fail(Status::unsupported, "%s has %lld channels; the UNet's norms need a multiple of 32",
              conv_in->name.c_str(), static_cast<long long>(base_));
@@ -73,6 +76,10 @@ Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(he
 
     time1_ = {here.at("time_embed.0", "time_embedding.linear_1"), base_, time_width_};
     time2_ = {here.at("time_embed.2", "time_embedding.linear_2"), time_width_, time_width_};
+    if (vector) {
+        vector1_ = {label1, vector_, time_width_};
+        vector2_ = {here.at("label_emb.0.2", "add_embedding.linear_2"), time_width_, time_width_};
+    }
     conv_in_ = {here.at("input_blocks.0.0", "conv_in"), input_channels_, base_, 3};
     declare_down();
     const int64_t deepest = skip_widths_.back();
@@ -85,12 +92,20 @@ Unet::Unet(const Scope & here, const UnetHeads & heads) : here_(here), heads_(he
 }
 
 SpatialTransformer Unet::transformer(const Scope & here, int64_t width) const {
-    const int64_t heads = heads_.at(width);
+    const int64_t heads = kind_.heads(width);
     if (heads < 1 || width % heads != 0) {
         fail(Status::unsupported, "%s: %lld channels do not divide into %lld heads", here.name().c_str(),
              static_cast<long long>(width), static_cast<long long>(heads));
     }
     return {here, width, context_, heads};
+}
+
+std::vector<int64_t> Unet::heads() const {
+    std::vector<int64_t> out;
+    for (const Level & level : levels_) {
+        out.push_back(kind_.heads(level.width));
+    }
+    return out;
 }
 
 void Unet::declare_down() {
@@ -160,10 +175,13 @@ void Unet::declare_up() {
     }
 }
 
-Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text) const {
+Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text, Value vector) const {
     Value t = (*time2_)(g, g.silu((*time1_)(g, g.timestep_embedding(timesteps, base_))));
+    if (vector1_) {
+        t = g.add(t, (*vector2_)(g, g.silu((*vector1_)(g, vector))));
+    }
 
-    Value              x = (*conv_in_)(g, latent);
+    Value              x = (*conv_in_)(g, g.picture(latent));
     std::vector<Value> skips{x};
     for (const Stage & stage : down_) {
         x = stage.residual ? (*stage.residual)(g, x, t) : (*stage.resize)(g, x);
@@ -182,11 +200,11 @@ Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text) con
             x = (*stage.transformer)(g, x, text);
         }
         if (stage.resize) { // to the skip's size: an odd one was halved upwards
-            const Shape ne = Graph::shape(skips.back());
-            x = (*stage.resize)(g, g.upsample(x, ne[0], ne[1]));
+            const auto [width, height] = g.size(skips.back());
+            x = (*stage.resize)(g, g.upsample(x, width, height));
         }
     }
-    return (*conv_out_)(g, g.silu((*norm_out_)(g, x)));
+    return g.planes((*conv_out_)(g, g.silu((*norm_out_)(g, x))));
 }
 
 } // namespace sd

@@ -1,5 +1,6 @@
-// The denoiser of Stable Diffusion 1.x and 2.x: residual and transformer blocks at several sizes (Rombach et
-// al., 2022). Names as the original checkpoints, and as diffusers' UNet2DConditionModel.
+// The denoiser of Stable Diffusion 1.x, 2.x and XL: residual and transformer blocks at several sizes (Rombach
+// et al., 2022; Podell et al., 2023). Names as the original checkpoints, and as diffusers'
+// UNet2DConditionModel.
 #pragma once
 
 #include "nn/layers.h"
@@ -9,11 +10,13 @@
 
 namespace sd {
 
-struct UnetHeads {
-    int64_t count = 0; // heads at every width, or
-    int64_t size = 0;  // width of each head
+// What no shape tells.
+struct UnetKind {
+    int64_t head_count; // heads at every width, or 0 and
+    int64_t head_size;  // the width of each
+    bool    vector;     // takes one for each picture as a whole
 
-    int64_t at(int64_t width) const { return count > 0 ? count : width / size; }
+    int64_t heads(int64_t width) const { return head_count > 0 ? head_count : width / head_size; }
 };
 
 // Two convolutions around a time signal, with a shortcut.
@@ -80,14 +83,17 @@ struct SpatialTransformer {
 class Unet {
   public:
     // Reads its structure from the shapes in the files.
-    Unet(const Scope & here, const UnetHeads & heads);
+    Unet(const Scope & here, const UnetKind & kind);
 
     int64_t input_channels() const { return input_channels_; }
     int64_t output_channels() const { return output_channels_; }
     int64_t context_width() const { return context_; }
+    std::vector<int64_t> heads() const; // of each level, from the top
+    int64_t vector_width() const { return vector_; } // 0: it takes none
 
-    // latent [W, H, C, N], timesteps [N], text [context, n, N] -> [W, H, C, N]
-    Value operator()(Graph & g, Value latent, Value timesteps, Value text) const;
+    // latent [W, H, C, N], timesteps [N], text [context, n, N], and where it takes one a vector
+    // [vector_width, N] for each picture as a whole -> [W, H, C, N]
+    Value operator()(Graph & g, Value latent, Value timesteps, Value text, Value vector = nullptr) const;
 
   private:
     // What stands at one number of `input_blocks` or `output_blocks`.
@@ -109,11 +115,12 @@ class Unet {
     void               declare_up();
 
     Scope     here_;
-    UnetHeads heads_;
-    int64_t   input_channels_, base_, time_width_, context_, output_channels_;
+    UnetKind  kind_;
+    int64_t   input_channels_, base_, time_width_, context_, vector_, output_channels_;
     std::vector<Level> levels_;
 
     std::optional<Linear>             time1_, time2_;
+    std::optional<Linear>             vector1_, vector2_;
     std::optional<Conv2d>             conv_in_;
     std::vector<Stage>                down_;
     std::vector<int64_t>              skip_widths_;

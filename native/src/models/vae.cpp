@@ -13,10 +13,10 @@ Value VaeResBlock::operator()(Graph & g, Value x) const {
 }
 
 Value VaeAttention::operator()(Graph & g, Value x) const {
-    const Shape ne = Graph::shape(x);
-    Value       h = g.tokens(norm(g, x));
+    const auto [width_now, height_now] = g.size(x);
+    Value h = g.tokens(norm(g, x));
     h = out(g, g.attention(q(g, h), k(g, h), v(g, h), 1));
-    return g.add(x, g.image(h, ne[0], ne[1]));
+    return g.add(x, g.image(h, width_now, height_now));
 }
 
 Vae::Vae(const Scope & here) {
@@ -96,7 +96,7 @@ void Vae::declare_decoder(const Scope & here) {
 }
 
 Value Vae::encode(Graph & g, Value image) const {
-    Value x = (*encoder_in_)(g, image);
+    Value x = (*encoder_in_)(g, g.picture(image));
     for (const VaeLevel & level : encoder_) {
         for (const VaeResBlock & block : level.blocks) {
             x = block(g, x);
@@ -106,22 +106,22 @@ Value Vae::encode(Graph & g, Value image) const {
         }
     }
     x = (*encoder_middle_)(g, x);
-    return (*quant_)(g, (*encoder_out_)(g, g.silu((*encoder_norm_)(g, x))));
+    return g.planes((*quant_)(g, (*encoder_out_)(g, g.silu((*encoder_norm_)(g, x)))));
 }
 
 Value Vae::decode(Graph & g, Value latent) const {
-    Value x = (*decoder_in_)(g, (*post_quant_)(g, latent));
+    Value x = (*decoder_in_)(g, (*post_quant_)(g, g.picture(latent)));
     x = (*decoder_middle_)(g, x);
     for (const VaeLevel & level : decoder_) {
         for (const VaeResBlock & block : level.blocks) {
             x = block(g, x);
         }
         if (level.resize) {
-            const Shape ne = Graph::shape(x);
-            x = (*level.resize)(g, g.upsample(x, 2 * ne[0], 2 * ne[1]));
+            const auto [width, height] = g.size(x);
+            x = (*level.resize)(g, g.upsample(x, 2 * width, 2 * height));
         }
     }
-    return (*decoder_out_)(g, g.silu((*decoder_norm_)(g, x)));
+    return g.planes((*decoder_out_)(g, g.silu((*decoder_norm_)(g, x))));
 }
 
 } // namespace sd

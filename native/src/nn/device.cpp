@@ -1,6 +1,8 @@
 #include "nn/device.h"
 
+#include "core/env.h"
 #include "core/error.h"
+#include "kernels/sets.h"
 
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
@@ -57,6 +59,24 @@ ggml_backend_dev_t choose(const std::string & name) {
     fail(Status::bad_argument, "backend '%s' is not known; this ggml offers: %s", name.c_str(), known.c_str());
 }
 
+const KernelSet * choose_kernels(std::string precision, bool on_cpu) {
+    if (precision.empty() || precision == "auto") {
+        precision = env_precision();
+    }
+    const bool any = precision.empty() || precision == "auto";
+    if (!any && precision != "f32" && precision != "bf16") {
+        fail(Status::bad_argument, "precision '%s' is not known; there are: auto, f32, bf16", precision.c_str());
+    }
+    if (!on_cpu) {
+        if (precision == "bf16") {
+            fail(Status::unsupported, "precision 'bf16' is for the CPU; other devices compute as ggml does: take 'auto'");
+        }
+        return nullptr;
+    }
+    const std::string name = env_kernels();
+    return kernel_set(name, any ? name.empty() && has_native_bf16() : precision == "bf16");
+}
+
 template <typename Function> Function procedure(ggml_backend_dev_t device, const char * name) {
     return reinterpret_cast<Function>(
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), name));
@@ -109,12 +129,19 @@ std::string ggml_info() {
     return out + "ggml CPU features: " + names + "\n";
 }
 
-Device::Device(const std::string & name, int threads) {
+std::string kernels_info() {
+    const KernelSet * kernels = choose_kernels("", true);
+    return text("CPU kernels: %s\nprecision auto: %s\n", kernels ? kernels->name : "reference",
+                kernels && kernels->bf16 ? "bf16" : "f32");
+}
+
+Device::Device(const std::string & name, int threads, const std::string & precision) {
     load_backends();
     ggml_backend_dev_t device = choose(name);
     if (threads < 0 || threads > 4096) {
         fail(Status::bad_argument, "threads %d: must be between 1 and 4096, or 0 for one per core", threads);
     }
+    kernels_ = choose_kernels(precision, is_cpu_device(device));
     threads_ = threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     name_ = ggml_backend_dev_name(device);
 
@@ -129,11 +156,14 @@ Device::Device(const std::string & name, int threads) {
         }
         ggml_backend_dev_t of = ggml_backend_get_device(backend.get());
         if (const auto set = procedure<ggml_backend_set_n_threads_t>(of, "ggml_backend_set_n_threads")) {
-            set(backend.get(), threads_);
+            set(backend.get(), kernels_ ? 1 : threads_); // kernels have threads of their own
         }
         if (const auto set = procedure<ggml_backend_set_abort_callback_t>(of, "ggml_backend_set_abort_callback")) {
             set(backend.get(), should_abort, this);
         }
+    }
+    if (kernels_) {
+        pool_ = std::make_unique<Pool>(threads_);
     }
     for (auto & backend : owned) {
         backends_.push_back(backend.release());

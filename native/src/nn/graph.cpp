@@ -2,6 +2,7 @@
 
 #include "core/error.h"
 #include "nn/device.h"
+#include "nn/kernel_nodes.h"
 #include "nn/weights.h"
 
 #include <ggml.h>
@@ -14,7 +15,28 @@ namespace sd {
 // Attention scores are the largest activation; beyond this many bytes they are made in parts.
 constexpr int64_t max_score_bytes = 128 << 20;
 
+Graph::Graph(ggml_context * ctx, ggml_cgraph * nodes, const Device & device, const Shapes & inputs, const Adapters * adapters)
+    : ctx_(ctx), nodes_(nodes), device_(device), input_shapes_(inputs), adapters_(adapters),
+      kernels_(device.kernels() ? std::make_unique<KernelNodes>(ctx, *device.kernels(), device.pool()) : nullptr) {}
+
+Graph::~Graph() = default;
+
 Shape Graph::shape(Value value) { return {value->ne[0], value->ne[1], value->ne[2], value->ne[3]}; }
+
+std::pair<std::string, double> Graph::describe(const ggml_tensor * node) const {
+    if (const Operation * operation = kernels_ ? kernels_->operation(node) : nullptr) {
+        return {operation->describe(), operation->flops()};
+    }
+    double per_element = 0;
+    if (node->op == GGML_OP_MUL_MAT) {
+        per_element = 2.0 * static_cast<double>(node->src[0]->ne[0]);
+    } else if (node->op == GGML_OP_CONV_2D) {
+        per_element = 2.0 * static_cast<double>(ggml_nelements(node->src[0]) / node->src[0]->ne[3]);
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        per_element = 4.0 * static_cast<double>(node->src[1]->ne[1]);
+    }
+    return {std::string("ggml ") + ggml_op_desc(node), per_element * static_cast<double>(ggml_nelements(node))};
+}
 
 static Value new_input(ggml_context * ctx, ggml_type type, const Shape & ne) {
     Value value = ggml_new_tensor_4d(ctx, type, ne[0], ne[1], ne[2], ne[3]);
@@ -57,13 +79,30 @@ void Graph::output(const std::string & name, Value value) {
 
 // ---- products with weights -----------------------------------------------------------------------------
 
+Value Graph::multiply(ggml_tensor * weight, Value x) {
+    return kernels_ && Product::can(weight) ? kernels_->product({{{weight, x}}}) : ggml_mul_mat(ctx_, weight, x);
+}
+
+Value Graph::multiply(ggml_tensor * kernel, Value x, int stride, int pad) {
+    if (!kernels_) {
+        return plain_conv2d(kernel, x, stride, pad);
+    }
+    if (Product::can(kernel)) {
+        return kernels_->product({{{kernel, x, stride, pad}}});
+    }
+    return picture(plain_conv2d(kernel, planes(x), stride, pad));
+}
+
 Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
     const Adapter * adapted = adapter(weight);
-    Value y = adapted ? adapted_linear(*adapted, weight, x) : ggml_mul_mat(ctx_, weight->tensor, x);
+    if (kernels_ && Product::can(weight->tensor) && low_rank_at_most(adapted)) {
+        return fused(adapted, weight, bias, x, 1, 0);
+    }
+    Value y = adapted ? adapted_linear(*adapted, weight, x) : multiply(weight->tensor, x);
     return bias ? ggml_add(ctx_, y, over_tokens(vector(bias), y)) : y;
 }
 
-Value Graph::plain_conv2d(Value kernel, Value x, int stride, int pad) {
+Value Graph::plain_conv2d(ggml_tensor * kernel, Value x, int stride, int pad) {
     // The direct form gathers a few rows at a time; the other writes the gathered picture, nine times the size
     // of x, but is the one that every device knows.
     if (device_.is_cpu()) {
@@ -81,8 +120,10 @@ Value Graph::plain_conv2d(Value kernel, Value x, int stride, int pad) {
 
 Value Graph::conv2d(const Weight * kernel, const Weight * bias, Value x, int stride, int pad) {
     const Adapter * adapted = adapter(kernel);
-    Value           y = adapted ? adapted_conv2d(*adapted, kernel, x, stride, pad)
-                                : plain_conv2d(kernel->tensor, x, stride, pad);
+    if (kernels_ && Product::can(kernel->tensor) && low_rank_at_most(adapted)) {
+        return fused(adapted, kernel, bias, x, stride, pad);
+    }
+    Value y = adapted ? adapted_conv2d(*adapted, kernel, x, stride, pad) : multiply(kernel->tensor, x, stride, pad);
     return bias ? ggml_add(ctx_, y, over_channels(vector(bias))) : y;
 }
 
@@ -100,23 +141,37 @@ Value Graph::embedding(const Weight * table, Value ids) {
 // ---- norms and activations -----------------------------------------------------------------------------
 
 Value Graph::group_norm(const Weight * weight, const Weight * bias, Value x, int groups, float eps) {
+    if (kernels_) {
+        return kernels_->group_norm(x, vector(weight), vector(bias), groups, eps);
+    }
     x = ggml_group_norm(ctx_, x, groups, eps);
     return ggml_add(ctx_, ggml_mul(ctx_, x, over_channels(vector(weight))), over_channels(vector(bias)));
 }
 
 Value Graph::layer_norm(const Weight * weight, const Weight * bias, Value x, float eps) {
+    if (kernels_) {
+        return kernels_->row_norm(x, vector(weight), vector(bias), eps, false);
+    }
     x = ggml_norm(ctx_, x, eps);
     return ggml_add(ctx_, ggml_mul(ctx_, x, over_tokens(vector(weight), x)), over_tokens(vector(bias), x));
 }
 
-Value Graph::silu(Value x) { return ggml_silu(ctx_, x); }
+Value Graph::silu(Value x) { return kernels_ ? kernels_->activate(x, Activation::silu) : ggml_silu(ctx_, x); }
 
-Value Graph::gelu(Value x) { return ggml_gelu_erf(ctx_, x); }
+Value Graph::gelu(Value x) { return kernels_ ? kernels_->activate(x, Activation::gelu) : ggml_gelu_erf(ctx_, x); }
 
-// ggml_gelu_quick looks half-precision values up in a table, which costs three digits.
-Value Graph::quick_gelu(Value x) { return ggml_mul(ctx_, x, ggml_sigmoid(ctx_, ggml_scale(ctx_, x, 1.702f))); }
+Value Graph::quick_gelu(Value x) {
+    if (kernels_) {
+        return kernels_->activate(x, Activation::quick_gelu);
+    }
+    // ggml_gelu_quick looks half-precision values up in a table, which costs three digits.
+    return ggml_mul(ctx_, x, ggml_sigmoid(ctx_, ggml_scale(ctx_, x, 1.702f)));
+}
 
 Value Graph::geglu(Value x) {
+    if (Value gated = kernels_ ? kernels_->geglu(x) : nullptr) {
+        return gated;
+    }
     const int64_t half = x->ne[0] / 2;
     const auto    part = [&](int64_t first) {
         return ggml_view_4d(ctx_, x, half, x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2], x->nb[3],
@@ -125,9 +180,12 @@ Value Graph::geglu(Value x) {
     return ggml_geglu_erf_split(ctx_, part(half), part(0));
 }
 
-Value Graph::add(Value x, Value y) { return ggml_add(ctx_, x, y); }
+Value Graph::add(Value x, Value y) { return kernels_ ? kernels_->add(x, y) : ggml_add(ctx_, x, y); }
 
 Value Graph::add_to_channels(Value x, Value y) {
+    if (kernels_) {
+        return kernels_->add_per_image(x, y);
+    }
     return ggml_add(ctx_, x, ggml_reshape_4d(ctx_, y, 1, 1, y->ne[0], y->ne[1]));
 }
 
@@ -146,6 +204,9 @@ Value Graph::attention_block(Value q, Value k, Value v, float scale, Value mask)
 Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
     const int64_t width = q->ne[0], size = width / heads, images = q->ne[2];
     const float   scale = 1.0f / std::sqrt(static_cast<float>(size));
+    if (kernels_) {
+        return kernels_->attention(q, k, v, heads, scale, mask);
+    }
     const auto    apart = [&](Value x, int64_t first_head, int64_t n_heads, int64_t first_image, int64_t n_images) {
         Value part = ggml_view_4d(ctx_, x, size, n_heads, x->ne[1], n_images, size * x->nb[0], x->nb[1], x->nb[2],
                                      first_head * size * x->nb[0] + first_image * x->nb[2]);
@@ -183,23 +244,61 @@ Value Graph::attention(Value q, Value k, Value v, int64_t heads, Value mask) {
 
 // ---- layout --------------------------------------------------------------------------------------------
 
-Value Graph::concat_channels(Value x, Value y) { return ggml_concat(ctx_, x, y, 2); }
+Value Graph::picture(Value planes) {
+    return kernels_ ? ggml_cont(ctx_, ggml_permute(ctx_, planes, 1, 2, 0, 3)) : planes;
+}
+
+Value Graph::planes(Value picture) {
+    return kernels_ ? ggml_cont(ctx_, ggml_permute(ctx_, picture, 2, 0, 1, 3)) : picture;
+}
+
+std::array<int64_t, 2> Graph::size(Value picture) const {
+    return kernels_ ? std::array{picture->ne[1], picture->ne[2]} : std::array{picture->ne[0], picture->ne[1]};
+}
+
+Value Graph::concat_channels(Value x, Value y) {
+    return kernels_ ? kernels_->concat_channels(x, y) : ggml_concat(ctx_, x, y, 2);
+}
+
+Value Graph::concat_features(Value x, Value y) { return ggml_concat(ctx_, x, y, 0); }
+
+Value Graph::part(Value x, int64_t first, int64_t n) {
+    return ggml_view_4d(ctx_, x, n, x->ne[1], x->ne[2], x->ne[3], x->nb[1], x->nb[2], x->nb[3],
+                        static_cast<size_t>(first) * x->nb[0]);
+}
+
+Value Graph::gather(Value x, Value ids) {
+    return ggml_get_rows(ctx_, ggml_reshape_2d(ctx_, x, x->ne[0], x->ne[1] * x->ne[2]), ids);
+}
+
+Value Graph::flatten(Value x, int64_t n) { return ggml_reshape_2d(ctx_, x, x->ne[0] * n, x->ne[1] / n); }
 
 Value Graph::upsample(Value x, int64_t width, int64_t height) {
+    if (kernels_) {
+        return kernels_->resize(x, width, height);
+    }
     return ggml_interpolate(ctx_, x, width, height, x->ne[2], x->ne[3], GGML_SCALE_MODE_NEAREST);
 }
 
-Value Graph::pad(Value x, int right, int bottom) { return ggml_pad(ctx_, x, right, bottom, 0, 0); }
+Value Graph::pad(Value x, int right, int bottom) {
+    return kernels_ ? ggml_pad(ctx_, x, 0, right, bottom, 0) : ggml_pad(ctx_, x, right, bottom, 0, 0);
+}
 
 Value Graph::tokens(Value x) {
     const Shape ne = shape(x);
-    Value       rows = ggml_reshape_3d(ctx_, x, ne[0] * ne[1], ne[2], ne[3]);
+    if (kernels_) {
+        return ggml_reshape_3d(ctx_, kernels_->contiguous(x), ne[0], ne[1] * ne[2], ne[3]);
+    }
+    Value rows = ggml_reshape_3d(ctx_, x, ne[0] * ne[1], ne[2], ne[3]);
     return ggml_cont(ctx_, ggml_permute(ctx_, rows, 1, 0, 2, 3));
 }
 
 Value Graph::image(Value x, int64_t width, int64_t height) {
-    Value planes = ggml_cont(ctx_, ggml_permute(ctx_, x, 1, 0, 2, 3)); // [T, C, N]
-    return ggml_reshape_4d(ctx_, planes, width, height, planes->ne[1], planes->ne[2]);
+    if (kernels_) {
+        return ggml_reshape_4d(ctx_, kernels_->contiguous(x), x->ne[0], width, height, x->ne[2]);
+    }
+    Value rows = ggml_cont(ctx_, ggml_permute(ctx_, x, 1, 0, 2, 3)); // [T, C, N]
+    return ggml_reshape_4d(ctx_, rows, width, height, rows->ne[1], rows->ne[2]);
 }
 
 Value Graph::timestep_embedding(Value timesteps, int64_t width) {

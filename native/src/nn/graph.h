@@ -6,8 +6,11 @@
 
 #include "core/tensor.h"
 
+#include <array>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct ggml_cgraph;
@@ -20,6 +23,7 @@ struct Adapter;
 struct Weight;
 class Adapters;
 class Device;
+class KernelNodes;
 
 using Value = ggml_tensor *;
 
@@ -29,8 +33,8 @@ class Graph {
 
     // `adapters` may be null; where they act, the inputs have their "strengths" [entries, images or 1].
     Graph(ggml_context * ctx, ggml_cgraph * nodes, const Device & device, const Shapes & inputs,
-          const Adapters * adapters = nullptr)
-        : ctx_(ctx), nodes_(nodes), device_(device), input_shapes_(inputs), adapters_(adapters) {}
+          const Adapters * adapters = nullptr);
+    ~Graph();
     Graph(const Graph &) = delete;
     Graph & operator=(const Graph &) = delete;
 
@@ -64,7 +68,18 @@ class Graph {
     // `mask` is added to the scores: [Tk, Tq], or null.
     Value attention(Value q, Value k, Value v, int64_t heads, Value mask = nullptr);
 
+    // A picture as the host has it, plane by plane [W, H, C, N], in the layout in which pictures lie in this graph, and
+    // back. Between the two nothing but the operations of this class may look inside a picture.
+    Value picture(Value planes);
+    Value planes(Value picture);
+    // Its width and height.
+    std::array<int64_t, 2> size(Value picture) const;
+
     Value concat_channels(Value x, Value y);            // images
+    Value concat_features(Value x, Value y);            // [C, T, N] and [D, T, N] -> [C + D, T, N]
+    Value part(Value x, int64_t first, int64_t n);      // features: [C, T, N] -> [n, T, N], a view
+    Value gather(Value x, Value ids);                   // tokens, counted through all images: [C, T, N] -> [C, ids]
+    Value flatten(Value x, int64_t n);                  // each n rows side by side: [C, n * N] -> [C * n, N]
     Value upsample(Value x, int64_t width, int64_t height); // to this size, nearest
     Value pad(Value x, int right, int bottom);          // zeros behind the last column and row
     Value tokens(Value x);                              // [W, H, C, N] -> [C, W*H, N]
@@ -74,6 +89,9 @@ class Graph {
     Value timestep_embedding(Value timesteps, int64_t width);
 
     static Shape shape(Value value);
+
+    // What a node of the graph is, and how many additions and multiplications it makes, where these count.
+    std::pair<std::string, double> describe(const ggml_tensor * node) const;
 
     struct Constant {
         Value  value;
@@ -90,13 +108,18 @@ class Graph {
     // What adapters make of products, see graph_adapters.cpp. A vector comes as [n], or as [n, images].
     const Adapter * adapter(const Weight * weight) const;
     Value           strengths();
+    Value           entry_strengths(int64_t first, int64_t n);
     Value           token_strengths(int64_t first, int64_t n, Value x);
     Value           channel_strengths(int64_t first, int64_t n);
     Value           weighted_sum(Value vectors, int64_t first);
     Value           vector(const Weight * weight);
     Value           over_tokens(Value vector, Value x);
     Value           over_channels(Value vector);
-    Value           plain_conv2d(Value kernel, Value x, int stride, int pad);
+    Value           multiply(ggml_tensor * weight, Value x);
+    Value           multiply(ggml_tensor * kernel, Value x, int stride, int pad);
+    Value           plain_conv2d(ggml_tensor * kernel, Value x, int stride, int pad);
+    bool            low_rank_at_most(const Adapter * adapter) const;
+    Value           fused(const Adapter * adapter, const Weight * weight, const Weight * bias, Value x, int stride, int pad);
     Value           kronecker(Value a, Value b, Value x, Value like);
     Value           adapted_linear(const Adapter & adapter, const Weight * weight, Value x);
     Value           adapted_conv2d(const Adapter & adapter, const Weight * kernel, Value x, int stride, int pad);
@@ -107,6 +130,7 @@ class Graph {
     const Device &               device_;
     const Shapes &               input_shapes_;
     const Adapters *             adapters_;
+    std::unique_ptr<KernelNodes> kernels_; // null: ggml's own operations
     Value                        strengths_ = nullptr;
     std::map<std::string, Value> inputs_, outputs_;
     std::vector<Constant>        constants_;

@@ -2,6 +2,7 @@
 #include "core/error.h"
 #include "nn/adapters.h"
 #include "nn/graph.h"
+#include "nn/kernel_nodes.h"
 #include "nn/weights.h"
 
 #include <ggml.h>
@@ -25,13 +26,19 @@ Value Graph::strengths() {
     return strengths_;
 }
 
+// Of n entries, [n, images].
+Value Graph::entry_strengths(int64_t first, int64_t n) {
+    Value s = strengths();
+    return ggml_view_2d(ctx_, s, n, s->ne[1], s->nb[1], static_cast<size_t>(first) * s->nb[0]);
+}
+
 // As factors of x [n, T, images]; timesteps have no tokens, [n, images].
 Value Graph::token_strengths(int64_t first, int64_t n, Value x) {
     Value s = strengths();
     const int64_t images = s->ne[1];
     const size_t offset = static_cast<size_t>(first) * s->nb[0];
     if (images > 1 && x->ne[2] == 1 && x->ne[1] == images) {
-        return ggml_view_2d(ctx_, s, n, images, s->nb[1], offset);
+        return entry_strengths(first, n);
     }
     if (images > 1 && x->ne[2] != images) {
         fail(Status::internal, "strengths of %lld images were given for %lld", static_cast<long long>(images),
@@ -40,9 +47,13 @@ Value Graph::token_strengths(int64_t first, int64_t n, Value x) {
     return ggml_view_3d(ctx_, s, n, 1, images, s->nb[1], s->nb[1], offset);
 }
 
-// As factors of x [W, H, n, images].
+// As factors of pictures of n channels.
 Value Graph::channel_strengths(int64_t first, int64_t n) {
     Value s = strengths();
+    if (kernels_) {
+        return ggml_view_4d(ctx_, s, n, 1, 1, s->ne[1], s->nb[1], s->nb[1], s->nb[1],
+                            static_cast<size_t>(first) * s->nb[0]);
+    }
     return ggml_view_4d(ctx_, s, 1, 1, n, s->ne[1], s->nb[0], s->nb[0], s->nb[1],
                         static_cast<size_t>(first) * s->nb[0]);
 }
@@ -72,10 +83,35 @@ Value Graph::over_tokens(Value vector, Value x) {
 }
 
 Value Graph::over_channels(Value vector) {
+    if (kernels_) {
+        return ggml_reshape_4d(ctx_, vector, vector->ne[0], 1, 1, vector->ne[1]);
+    }
     return ggml_reshape_4d(ctx_, vector, 1, 1, vector->ne[0], vector->ne[1]);
 }
 
 // ---- products ------------------------------------------------------------------------------------------
+
+bool Graph::low_rank_at_most(const Adapter * adapter) const {
+    return !adapter || (adapter->up && !adapter->rows.values && !adapter->columns.values && adapter->kroneckers.empty() &&
+                        adapter->dense.empty());
+}
+
+// A product and all that low-rank adapters add to it, in one node.
+Value Graph::fused(const Adapter * adapted, const Weight * weight, const Weight * bias, Value x, int stride, int pad) {
+    ProductParts parts;
+    parts.terms.push_back({weight->tensor, x, stride, pad});
+    if (adapted) {
+        ProductParts inner;
+        inner.terms.push_back({adapted->down, x, stride, pad});
+        inner.scale = kernels_->contiguous(entry_strengths(adapted->strengths, adapted->up->ne[0]));
+        parts.terms.push_back({adapted->up, kernels_->product(std::move(inner))});
+    }
+    if (bias) {
+        Value values = vector(bias);
+        (values->ne[1] > 1 ? parts.shift : parts.bias) = values;
+    }
+    return kernels_->product(std::move(parts));
+}
 
 // (a x b) x, whose element (i, k) is the sum over j, l of a[j, i] b[l, k] x[(j, l)].
 Value Graph::kronecker(Value a, Value b, Value x, Value like) {
@@ -85,8 +121,8 @@ Value Graph::kronecker(Value a, Value b, Value x, Value like) {
                             int64_t outer) { // [inner, outer, n] -> [outer, inner, n]
         return ggml_cont(ctx_, ggml_permute(ctx_, ggml_reshape_3d(ctx_, value, inner, outer, n), 1, 0, 2, 3));
     };
-    Value y = ggml_mul_mat(ctx_, b, ggml_reshape_2d(ctx_, x, i2, i1 * n));           // [O2, I1 n]
-    y = ggml_mul_mat(ctx_, a, ggml_reshape_2d(ctx_, turned(y, o2, i1), i1, o2 * n)); // [O1, O2 n]
+    Value y = multiply(b, ggml_reshape_2d(ctx_, x, i2, i1 * n));           // [O2, I1 n]
+    y = multiply(a, ggml_reshape_2d(ctx_, turned(y, o2, i1), i1, o2 * n)); // [O1, O2 n]
     return ggml_reshape(ctx_, turned(y, o1, o2), like);
 }
 
@@ -96,20 +132,20 @@ Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Valu
         return over_tokens(ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f),
                            of);
     };
-    Value y = ggml_mul_mat(ctx_, weight->tensor, x);
+    Value y = multiply(weight->tensor, x);
     if (adapter.rows.values && adapter.columns.values) {
-        Value scaled = ggml_mul_mat(ctx_, weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
+        Value scaled = multiply(weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
         Value sum = weighted_sum(adapter.rows.values, adapter.rows.strengths);
         y = ggml_add(ctx_, scaled, ggml_mul(ctx_, y, over_tokens(sum, y)));
     } else if (adapter.rows.values) {
         y = ggml_mul(ctx_, y, factor(adapter.rows, y));
     } else if (adapter.columns.values) {
-        y = ggml_mul_mat(ctx_, weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
+        y = multiply(weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
     }
     if (adapter.up) {
-        Value inner = ggml_mul_mat(ctx_, adapter.down, x); // [R, T, N]
+        Value inner = multiply(adapter.down, x); // [R, T, N]
         inner = ggml_mul(ctx_, inner, token_strengths(adapter.strengths, inner->ne[0], inner));
-        y = ggml_add(ctx_, y, ggml_mul_mat(ctx_, adapter.up, inner));
+        y = ggml_add(ctx_, y, multiply(adapter.up, inner));
     }
     const auto add = [&](Value delta, int64_t strength) {
         Value s =
@@ -121,7 +157,7 @@ Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Valu
         add(kronecker(k.a, k.b, x, y), k.strength);
     }
     for (const Adapter::Dense & dense : adapter.dense) {
-        add(ggml_mul_mat(ctx_, dense.delta, x), dense.strength);
+        add(multiply(dense.delta, x), dense.strength);
     }
     return y;
 }
@@ -131,7 +167,7 @@ Value Graph::adapted_conv2d(const Adapter & adapter, const Weight * kernel, Valu
         return over_channels(
             ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f));
     };
-    const auto base = [&](Value input) { return plain_conv2d(kernel->tensor, input, stride, pad); };
+    const auto base = [&](Value input) { return multiply(kernel->tensor, input, stride, pad); };
     Value y = nullptr;
     if (adapter.rows.values && adapter.columns.values) {
         Value sum = over_channels(weighted_sum(adapter.rows.values, adapter.rows.strengths));
@@ -142,13 +178,13 @@ Value Graph::adapted_conv2d(const Adapter & adapter, const Weight * kernel, Valu
         y = base(adapter.columns.values ? ggml_mul(ctx_, x, factor(adapter.columns)) : x);
     }
     if (adapter.up) {
-        Value inner = plain_conv2d(adapter.down, x, stride, pad); // [W', H', R, N]
-        inner = ggml_mul(ctx_, inner, channel_strengths(adapter.strengths, inner->ne[2]));
-        Value up = ggml_reshape_4d(ctx_, adapter.up, 1, 1, adapter.up->ne[0], adapter.up->ne[1]);
-        y = ggml_add(ctx_, y, plain_conv2d(up, inner, 1, 0));
+        const int64_t rank = adapter.up->ne[0];
+        Value         inner = multiply(adapter.down, x, stride, pad);
+        inner = ggml_mul(ctx_, inner, channel_strengths(adapter.strengths, rank));
+        y = ggml_add(ctx_, y, multiply(ggml_reshape_4d(ctx_, adapter.up, 1, 1, rank, adapter.up->ne[1]), inner, 1, 0));
     }
     for (const Adapter::Dense & dense : adapter.dense) {
-        Value delta = plain_conv2d(dense.delta, x, stride, pad);
+        Value delta = multiply(dense.delta, x, stride, pad);
         y = ggml_add(ctx_, y, ggml_mul(ctx_, delta, channel_strengths(dense.strength, 1)));
     }
     return y;

@@ -9,6 +9,8 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <chrono>
+
 namespace sd {
 
 constexpr size_t base_nodes = 32768; // of a network without adapters, at the most
@@ -25,6 +27,33 @@ struct Runner::Plan {
     Graph::Shapes all_shapes; // the graph refers to them
     std::unique_ptr<Graph> graph;
 };
+
+namespace {
+
+// Sees each node before and after it is computed.
+struct Stopwatch {
+    using Clock = std::chrono::steady_clock;
+
+    Profile *           profile;
+    const Graph *       graph;
+    const std::string & network;
+    Clock::time_point   begin;
+
+    static bool after(ggml_tensor * node, bool before, void * self) {
+        auto & watch = *static_cast<Stopwatch *>(self);
+        if (!before) {
+            const auto [what, flops] = watch.graph->describe(node);
+            OperationCost & cost = (*watch.profile)[{watch.network, what}];
+            ++cost.count;
+            cost.seconds += std::chrono::duration<double>(Clock::now() - watch.begin).count();
+            cost.flops += flops;
+        }
+        watch.begin = Clock::now();
+        return true;
+    }
+};
+
+} // namespace
 
 static void write(Value value, const Tensor & tensor) {
     if (value->type == GGML_TYPE_I32) {
@@ -153,6 +182,8 @@ std::map<std::string, Tensor> Runner::run(const std::string & network, const Inp
     if (!device_.keep_going()) { // a device other than the CPU does not ask while it computes
         fail(Status::cancelled, "stopped before '%s' ran", network.c_str());
     }
+    Stopwatch stopwatch{profile_, at.graph.get(), network, Stopwatch::Clock::now()};
+    ggml_backend_sched_set_eval_callback(at.sched.get(), profile_ ? Stopwatch::after : nullptr, &stopwatch);
     switch (ggml_backend_sched_graph_compute(at.sched.get(), at.nodes)) {
     case GGML_STATUS_SUCCESS:
         break;

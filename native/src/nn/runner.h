@@ -4,6 +4,7 @@
 #include "core/tensor.h"
 #include "nn/device.h"
 #include "nn/graph.h"
+#include "nn/profile.h"
 
 #include <functional>
 #include <list>
@@ -36,6 +37,10 @@ class Runner {
     // for all images. Null: nothing. The adapters must outlive those runs.
     void adapt(const Adapters * adapters, Tensor strengths = {});
 
+    // Adds to `profile` what every operation of the runs that follow takes; they are slower, for each is waited for. Null:
+    // no longer.
+    void set_profile(Profile * profile) { profile_ = profile; }
+
     // Gives back the memory of all kept graphs of other networks than this.
     void keep_only(const std::string & network);
 
@@ -54,6 +59,7 @@ class Runner {
     const WeightStore & weights_;
     const Adapters * adapters_ = nullptr;
     Tensor strengths_;
+    Profile * profile_ = nullptr;
     std::list<std::unique_ptr<Plan>> plans_;
 };
 

@@ -1,5 +1,5 @@
 // Weights that adapters change: a private tensor in the place of the file's mapping, written as floats and
-// given back without a trace. The mapped file is the base; nothing of it is ever written.
+// given back without a trace. The file, mapped or in RAM, is the base; nothing of it is ever written.
 #include "core/error.h"
 #include "core/half.h"
 #include "nn/device.h"
@@ -9,6 +9,7 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <limits>
 #include <mutex>
 #include <unordered_map>
@@ -25,7 +26,6 @@ struct WeightStore::Rewrites {
     };
     std::unordered_map<const Weight *, Private> privates;
     std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
-    std::unordered_map<const Weight *, std::vector<uint8_t>> kept;
     std::mutex device; // one transfer at a time
 };
 
@@ -61,13 +61,44 @@ size_t bytes_of(ggml_type type, int64_t elements) {
 
 } // namespace
 
-void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
-    const uint8_t * bytes = weight.stored->data();
-    if (rewrites_) {
-        const auto kept = rewrites_->kept.find(&weight);
-        bytes = kept == rewrites_->kept.end() ? bytes : kept->second.data();
+size_t WeightStore::Piece::bytes() const {
+    const DTypeInfo & info = *dtype_info(static_cast<int32_t>(type));
+    return static_cast<size_t>(elements / info.block) * info.block_bytes;
+}
+
+std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const {
+    std::vector<Piece> out;
+    if (weight.pieces.empty()) {
+        out.push_back({weight.stored->type, weight.stored->data(), count(weight.ne)});
     }
-    to_floats(weight.stored->type, bytes, first, n, to);
+    const int64_t row = weight.ne[1] == 1 ? 1 : weight.ne[0];
+    for (const StoredRows & piece : weight.pieces) {
+        const Piece before{piece.tensor->type, piece.tensor->data(), piece.first * row};
+        out.push_back({before.type, before.data + before.bytes(), piece.rows * row});
+    }
+    return out;
+}
+
+void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
+    const std::vector<Piece> from = pieces(weight);
+    if (weight.transposed) {
+        const DTypeInfo & info = *dtype_info(static_cast<int32_t>(from[0].type));
+        for (int64_t i = first; i < first + n; ++i) {
+            const int64_t row = i / weight.ne[0], column = i % weight.ne[0];
+            const int64_t there = column * weight.ne[1] + row;
+            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to++, 1);
+        }
+        return;
+    }
+    for (const Piece & piece : from) {
+        if (first < piece.elements && n > 0) {
+            const int64_t here = std::min(n, piece.elements - first);
+            to_floats(piece.type, piece.data, first, here, to);
+            to += here;
+            n -= here;
+        }
+        first = std::max<int64_t>(0, first - piece.elements);
+    }
 }
 
 void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
@@ -162,34 +193,12 @@ void WeightStore::restore(const Weight & weight) {
         return;
     }
     const auto own = rewrites_->privates.find(&weight);
-    const auto kept = rewrites_->kept.find(&weight);
-    if (kept != rewrites_->kept.end()) { // the mapping is not to be trusted: the copy's bytes stay resident
-        const ggml_type loaded =
-            own == rewrites_->privates.end() ? weight.tensor->type : own->second.loaded->type;
-        make_private(weight, loaded);
-        if (static_cast<DType>(loaded) == weight.stored->type) {
-            ggml_backend_tensor_set(weight.tensor, kept->second.data(), 0, kept->second.size());
-        } else {
-            std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
-            read_base(weight, 0, count(weight.ne), floats.data());
-            write(weight, 0, count(weight.ne), floats.data());
-        }
-    } else if (own != rewrites_->privates.end()) {
+    if (own != rewrites_->privates.end()) {
         const_cast<Weight &>(weight).tensor = own->second.loaded;
         rewrites_->privates.erase(own);
         ++epoch_;
     } else if (rewrites_->overwritten.erase(&weight) > 0) {
         convert(weight);
-    }
-}
-
-void WeightStore::keep_base(const Weight & weight) {
-    if (!rewrites_) {
-        rewrites_ = std::make_shared<Rewrites>();
-    }
-    auto [kept, is_new] = rewrites_->kept.try_emplace(&weight);
-    if (is_new) {
-        kept->second.assign(weight.stored->data(), weight.stored->data() + weight.stored->bytes);
     }
 }
 

@@ -3,7 +3,6 @@
 #include "core/error.h"
 #include "core/half.h"
 #include "core/hash.h"
-#include "nn/dequantise.h"
 #include "nn/device.h"
 
 #include <ggml-backend.h>
@@ -56,13 +55,15 @@ ggml_type resident_type(const Weight & weight) {
     const DType type = weight.stored->type;
     const bool  vector = weight.ne[1] * weight.ne[2] * weight.ne[3] == 1;
     const bool  kernel = weight.ne[2] * weight.ne[3] > 1;
-    if (type == DType::f8_e4m3 || type == DType::f8_e5m2) {
-        return vector ? GGML_TYPE_F32 : GGML_TYPE_F16; // every 8-bit float is exact in f16
-    }
-    if (type == DType::f64 || vector || (kernel && type != DType::f16)) {
+    const bool  mixed = std::any_of(weight.pieces.begin(), weight.pieces.end(),
+                                    [&](const StoredRows & piece) { return piece.tensor->type != type; });
+    // Products with f16 round what they multiply to f16 first, which ends at 65504.
+    const bool eighth = type == DType::f8_e4m3 || type == DType::f8_e5m2;
+    const bool small = type == DType::f16 || eighth || mixed;
+    if (type == DType::f64 || vector || (weight.wide && small) || (kernel && type != DType::f16 && !eighth)) {
         return GGML_TYPE_F32;
     }
-    return static_cast<ggml_type>(type);
+    return small ? GGML_TYPE_F16 : static_cast<ggml_type>(type); // every 8-bit float is exact in f16
 }
 
 bool is_weight_type(DType type) {
@@ -95,7 +96,21 @@ static std::string join(const std::string & path, const std::string & leaf) {
 }
 
 Scope Scope::at(const std::string & name, const std::string & diffusers) const {
-    return {store_, join(name_, name), join(diffusers_, diffusers)};
+    Scope out{store_, join(name_, name), join(diffusers_, diffusers)};
+    out.wide_ = wide_;
+    return out;
+}
+
+Scope Scope::wide() const {
+    Scope out = *this;
+    out.wide_ = true;
+    return out;
+}
+
+Weight Scope::weight(const char * leaf, const Shape & ne) const {
+    Weight out{join(name_, leaf), join(diffusers_, leaf), ne};
+    out.wide = wide_;
+    return out;
 }
 
 const StoredTensor * Scope::find(const char * leaf) const {
@@ -110,37 +125,92 @@ const StoredTensor * Scope::find(const char * leaf) const {
 }
 
 const Weight * Scope::required(const char * leaf, const Shape & ne) const {
-    return store_->declare({join(name_, leaf), join(diffusers_, leaf), ne}, find(leaf), true);
+    return store_->declare(weight(leaf, ne), find(leaf), true);
 }
 
 const Weight * Scope::table(const char * leaf, int64_t width, int64_t rows) const {
-    Weight weight{join(name_, leaf), join(diffusers_, leaf), {width, rows, 1, 1}};
-    weight.table = true;
-    return store_->declare(weight, find(leaf), true);
+    Weight out = weight(leaf, {width, rows, 1, 1});
+    out.table = true;
+    return store_->declare(out, find(leaf), true);
 }
 
 const Weight * Scope::optional(const char * leaf, const Shape & ne) const {
-    return store_->declare({join(name_, leaf), join(diffusers_, leaf), ne}, find(leaf), false);
+    return store_->declare(weight(leaf, ne), find(leaf), false);
+}
+
+const Weight * Scope::fused(const char * leaf, const Shape & ne, std::vector<WeightPart> parts) const {
+    Weight out = weight(leaf, ne);
+    out.diffusers.clear();
+    for (WeightPart & part : parts) {
+        part.diffusers = join(diffusers_, part.diffusers);
+    }
+    out.parts = std::move(parts);
+    return store_->declare(out, store_->checkpoint().find(out.name), true);
+}
+
+const Weight * Scope::turned(const Shape & ne) const {
+    Weight out{name_, join(diffusers_, "weight"), ne};
+    out.wide = wide_;
+    const StoredTensor * stored = store_->checkpoint().find(name_);
+    out.transposed = stored != nullptr;
+    return store_->declare(out, stored ? stored : store_->checkpoint().find(out.diffusers), true);
 }
 
 // ---- WeightStore ---------------------------------------------------------------------------------------
 
+// Whether the tensor can be the weight, or a part of this shape of it.
+bool WeightStore::takes(Weight & weight, const StoredTensor & stored, Shape ne) {
+    if (weight.transposed) {
+        std::swap(ne[0], ne[1]);
+    }
+    if (stored.dims > 4 || squeezed(stored.ne) != squeezed(ne)) {
+        misshapen_.push_back(text("%s is %s here, %s in this architecture", stored.name.c_str(),
+                                  shape_text(stored.ne).c_str(), shape_text(ne).c_str()));
+        return false;
+    }
+    if (!is_weight_type(stored.type) || (weight.transposed && is_quantised(stored.type))) {
+        misshapen_.push_back(text("%s is of type %s, which holds no weights", stored.name.c_str(),
+                                  dtype_name(stored.type)));
+        return false;
+    }
+    return true;
+}
+
 const Weight * WeightStore::declare(const Weight & declared, const StoredTensor * stored, bool required) {
-    if (!stored && !required) {
+    if (!stored && !required && declared.parts.empty()) {
         return nullptr;
     }
     weights_.push_back(declared);
     Weight & weight = weights_.back();
-    if (!stored) {
+    if (stored) {
+        weight.stored = takes(weight, *stored, weight.ne) ? stored : nullptr;
+        return &weight;
+    }
+    const bool is_vector = weight.ne[1] == 1;
+    for (const WeightPart & part : weight.parts) {
+        const StoredTensor * piece = checkpoint_.find(part.diffusers);
+        if (!piece) {
+            break;
+        }
+        const Shape ne = is_vector ? Shape{part.rows, 1, 1, 1} : Shape{weight.ne[0], part.rows, 1, 1};
+        if (!takes(weight, *piece, ne)) {
+            return &weight;
+        }
+        if (part.swap_halves) {
+            weight.pieces.push_back({piece, part.rows / 2, part.rows - part.rows / 2});
+            weight.pieces.push_back({piece, 0, part.rows / 2});
+        } else {
+            weight.pieces.push_back({piece, 0, part.rows});
+        }
+    }
+    int64_t rows = 0;
+    for (const StoredRows & piece : weight.pieces) {
+        rows += piece.rows;
+    }
+    if (weight.parts.empty() || rows != weight.ne[is_vector ? 0 : 1]) {
         missing_.push_back(weight.name);
-    } else if (stored->dims > 4 || squeezed(stored->ne) != squeezed(weight.ne)) {
-        misshapen_.push_back(text("%s is %s here, %s in this architecture", stored->name.c_str(),
-                                  shape_text(stored->ne).c_str(), shape_text(weight.ne).c_str()));
-    } else if (!is_weight_type(stored->type)) {
-        misshapen_.push_back(text("%s is of type %s, which holds no weights", stored->name.c_str(),
-                                  dtype_name(stored->type)));
     } else {
-        weight.stored = stored;
+        weight.stored = weight.pieces.front().tensor;
     }
     return &weight;
 }
@@ -165,6 +235,9 @@ void WeightStore::check_all_used(const std::vector<std::string> & paths) const {
     std::unordered_set<const StoredTensor *> used;
     for (const Weight & weight : weights_) {
         used.insert(weight.stored);
+        for (const StoredRows & piece : weight.pieces) {
+            used.insert(piece.tensor);
+        }
     }
     std::vector<std::string> unknown;
     for (const StoredTensor & stored : checkpoint_.tensors()) {
@@ -200,7 +273,8 @@ void WeightStore::load(const Device & device) {
         const ggml_type kind = resident_type(weight);
         weight.tensor = ggml_new_tensor_4d(resident_->tensors.get(), kind, weight.ne[0], weight.ne[1],
                                            weight.ne[2], weight.ne[3]);
-        const bool as_it_lies = device.reads_host_memory() && kind == static_cast<ggml_type>(weight.stored->type) &&
+        const bool whole = weight.pieces.empty() && !weight.transposed;
+        const bool as_it_lies = whole && device.reads_host_memory() && kind == static_cast<ggml_type>(weight.stored->type) &&
                                 weight.stored->offset % (kind == GGML_TYPE_F32 ? 4 : 2) == 0;
         if (!as_it_lies) {
             copied.push_back(&weight);
@@ -245,14 +319,21 @@ void WeightStore::load(const Device & device) {
 }
 
 void WeightStore::convert(const Weight & weight) const {
-    ggml_tensor *        tensor = weight.tensor;
-    const StoredTensor & stored = *weight.stored;
-    if (tensor->type == static_cast<ggml_type>(stored.type)) {
-        ggml_backend_tensor_set(tensor, stored.data(), 0, stored.bytes);
+    ggml_tensor *            tensor = weight.tensor;
+    const std::vector<Piece> from = pieces(weight);
+    const bool               as_stored = std::all_of(from.begin(), from.end(), [&](const Piece & piece) {
+        return tensor->type == static_cast<ggml_type>(piece.type);
+    });
+    if (as_stored && !weight.transposed) {
+        size_t at = 0;
+        for (const Piece & piece : from) {
+            ggml_backend_tensor_set(tensor, piece.data, at, piece.bytes());
+            at += piece.bytes();
+        }
         return;
     }
     std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
-    dequantise(stored, floats.data());
+    read_base(weight, 0, count(weight.ne), floats.data());
     if (tensor->type == GGML_TYPE_F32) {
         ggml_backend_tensor_set(tensor, floats.data(), 0, ggml_nbytes(tensor));
         return;

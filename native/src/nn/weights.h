@@ -26,15 +26,24 @@ struct WeightPart {
     bool        swap_halves = false; // diffusers has the two halves of the rows the other way round
 };
 
+// Rows of a stored tensor.
+struct StoredRows {
+    const StoredTensor * tensor;
+    int64_t              first, rows;
+};
+
 // One declared weight. Its address is its identity for as long as the store lives.
 struct Weight {
     std::string         name;      // "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     std::string         diffusers; // "unet.down_blocks.0.resnets.0.conv1.weight"
     Shape               ne;        // as declared, ggml's order
-    const StoredTensor * stored = nullptr; // null: optional and absent
+    const StoredTensor * stored = nullptr; // null: optional and absent; the first of `pieces`
     ggml_tensor *       tensor = nullptr;  // resident, after WeightStore::load
     std::vector<WeightPart> parts = {};    // where it is fused; `diffusers` is empty then
     bool                table = false;     // of embeddings: its rows are looked up, not multiplied
+    bool                wide = false;      // its products go beyond f16, which it is not kept in then
+    bool                transposed = false; // the file has rows and columns the other way round
+    std::vector<StoredRows> pieces = {};   // where the file has its parts apart: one below the other
 };
 
 // How a loaded weight lies in memory: "f16", "q8_0", ...
@@ -58,6 +67,13 @@ class Scope {
     const Weight * optional(const char * leaf, const Shape & ne) const;
     // A table of embeddings.
     const Weight * table(const char * leaf, int64_t width, int64_t rows) const;
+    // One weight here, and in diffusers' layout several below this place, by leaf: resident in one piece.
+    const Weight * fused(const char * leaf, const Shape & ne, std::vector<WeightPart> parts) const;
+    // A matrix [in, out] that diffusers' layout has below this place, and single files as [out, in] right here.
+    const Weight * turned(const Shape & ne) const;
+
+    // The same place, whose weights below it are declared `wide`.
+    Scope wide() const;
 
     // Looks without declaring: the stored shape, or null.
     const StoredTensor * find(const char * leaf = "weight") const;
@@ -67,8 +83,11 @@ class Scope {
     const std::string & diffusers() const { return diffusers_; }
 
   private:
+    Weight        weight(const char * leaf, const Shape & ne) const;
+
     WeightStore * store_;
     std::string   name_, diffusers_;
+    bool          wide_ = false;
 };
 
 class WeightStore {
@@ -116,11 +135,8 @@ class WeightStore {
     float largest_value(const Weight & weight, bool requantise) const;
     void  round(const Weight & weight, bool requantise, std::vector<float> & rows) const;
 
-    // Back to what load() made resident, bit for bit, from the files or from the copy that was kept.
+    // Back to what load() made resident, bit for bit.
     void restore(const Weight & weight);
-
-    // Keeps a copy of the weight's bytes in RAM, for files that may vanish.
-    void keep_base(const Weight & weight);
 
     // Another number whenever the tensor of some weight is another one, so that graphs are out of date.
     uint64_t epoch() const { return epoch_; }
@@ -128,7 +144,17 @@ class WeightStore {
   private:
     friend class Scope;
     const Weight * declare(const Weight & weight, const StoredTensor * stored, bool required);
+    bool           takes(Weight & weight, const StoredTensor & stored, Shape ne);
     void           convert(const Weight & weight) const;
+
+    // Where a weight's bytes lie in the files: rows in the order of memory.
+    struct Piece {
+        DType           type;
+        const uint8_t * data;
+        int64_t         elements;
+        size_t          bytes() const;
+    };
+    std::vector<Piece> pieces(const Weight & weight) const;
     int32_t        writable_type(const Weight & weight, bool requantise) const; // ggml's number
     void           make_private(const Weight & weight, int32_t ggml_type);
 

@@ -13,7 +13,7 @@ from .imatrix import read_imatrix
 from .names import single_file_names
 from .source import AnyPath, Source, open_source
 from .tensor import Tensor
-from .write import OnProgress, Plan, plan, write
+from .writing import OnProgress, Plan, plan, write
 
 
 def convert(

@@ -1,0 +1,193 @@
+#include "context.h"
+#include "loras.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace binding {
+
+namespace {
+
+using Span = std::pair<std::optional<std::string>, float>; // no text: BREAK
+using Spans = std::vector<Span>;
+using LoraLists = std::vector<std::vector<py::dict>>; // per prompt
+
+// What on_step is given to look at the picture so far; dead outside of the call.
+class Preview {
+  public:
+    Preview(sd_ctx * ctx, int width, int height, int images)
+        : ctx_(ctx), width_(width), height_(height), images_(images) {}
+
+    void end() { ctx_ = nullptr; }
+
+    Bytes operator()(int image) const {
+        if (!ctx_) {
+            raise(SD_BAD_ARGUMENT,
+                  py::str("preview: can be called only while on_step runs; keep the array that it returned"));
+        }
+        if (image < 0 || image >= images_ || width_ < 1 || height_ < 1) {
+            raise(SD_BAD_ARGUMENT,
+                  py::str("preview: there is no image {}; this batch has {}").format(image, images_));
+        }
+        Bytes rgb({height_, width_, 3});
+        check(sd_preview(ctx_, image, rgb.mutable_data()));
+        return rgb;
+    }
+
+  private:
+    sd_ctx * ctx_;
+    int width_, height_, images_;
+};
+
+// The callbacks of one run.
+struct Run {
+    sd_ctx * ctx;
+    Raised & while_logging;
+    py::object on_step; // or None
+    int preview_width, preview_height, images;
+    Raised raised;
+
+    static bool step(int step, int steps, void * user) {
+        Run & run = *static_cast<Run *>(user);
+        return run.raised.guard([&] {
+            const auto preview =
+                std::make_shared<Preview>(run.ctx, run.preview_width, run.preview_height, run.images);
+            const std::unique_ptr<Preview, void (*)(Preview *)> end(preview.get(),
+                                                                    [](Preview * p) { p->end(); });
+            const py::object answer = run.on_step(step, steps, preview);
+            return answer.is_none() || py::bool_(answer);
+        });
+    }
+
+    static bool keep_going(void * user) {
+        Run & run = *static_cast<Run *>(user);
+        return run.raised.guard([&] {
+            run.while_logging.rethrow();
+            if (PyErr_CheckSignals() != 0) { // Ctrl-C
+                throw py::error_already_set();
+            }
+            return true;
+        });
+    }
+};
+
+// Prompts in the form that C wants; points into the spans and LoRAs that it was made from.
+class Prompts {
+  public:
+    Prompts(const std::vector<Spans> & all, const char * argument, const LoraLists & loras) {
+        for (const std::vector<py::dict> & of_prompt : loras) {
+            loras_.push_back(std::make_unique<Loras>(of_prompt));
+        }
+        for (const Spans & spans : all) {
+            std::vector<sd_span> & out = spans_.emplace_back();
+            for (const auto & [words, weight] : spans) {
+                out.push_back({c_text(words, argument), weight});
+            }
+        }
+        for (size_t i = 0; i < spans_.size(); i++) {
+            sd_prompt prompt{spans_[i].data(), static_cast<int>(spans_[i].size()), nullptr, 0};
+            if (i < loras_.size()) {
+                prompt.loras = loras_[i]->data();
+                prompt.n_loras = loras_[i]->size();
+            }
+            prompts_.push_back(prompt);
+        }
+    }
+
+    const sd_prompt * data() const { return prompts_.data(); }
+    int size() const { return static_cast<int>(prompts_.size()); }
+
+  private:
+    std::vector<std::unique_ptr<Loras>> loras_; // does not move what C points at
+    std::vector<std::vector<sd_span>> spans_;
+    std::vector<sd_prompt> prompts_;
+};
+
+// Height, width, and channels where there are some, as the request has them; null where there is no picture.
+const uint8_t * pixels(const std::optional<Bytes> & picture, const char * argument, int width, int height,
+                       int channels) {
+    if (!picture) {
+        return nullptr;
+    }
+    Sizes want{height, width};
+    if (channels > 1) {
+        want.push_back(channels);
+    }
+    const Sizes have(picture->shape(), picture->shape() + picture->ndim());
+    if (have != want) {
+        raise(SD_BAD_ARGUMENT, py::str("{}: has shape {}, and the picture to paint {}")
+                                   .format(argument, py::tuple(py::cast(have)), py::tuple(py::cast(want))));
+    }
+    return picture->data();
+}
+
+// Room for what is painted; the library judges the numbers later.
+Bytes picture(int images, int height, int width) {
+    try {
+        return Bytes(Sizes{std::max(images, 1), std::max(height, 1), std::max(width, 1), 3});
+    } catch (py::error_already_set & error) {
+        if (!error.matches(PyExc_MemoryError) && !error.matches(PyExc_ValueError)) {
+            throw;
+        }
+        raise(SD_OUT_OF_MEMORY, py::str("{} images of {} x {} pixels: there is not so much memory")
+                                    .format(images, width, height));
+    }
+}
+
+Bytes generate(const Context & context, const std::vector<Spans> & prompts,
+               const std::vector<Spans> & negative_prompts, int width, int height, int steps, float cfg_scale,
+               uint64_t seed, int batch_size, const Name & sampler, const Name & scheduler, const Name & rng,
+               float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
+               const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
+               const LoraLists & loras) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
+    const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
+    Run run{ctx.get(), context.while_logging(), on_step, width / cell, height / cell, batch_size, {}};
+
+    sd_request request = sd_default_request(ctx.get());
+    request.prompts = wanted.data();
+    request.n_prompts = wanted.size();
+    request.negative_prompts = unwanted.data();
+    request.n_negative_prompts = unwanted.size();
+    request.width = width;
+    request.height = height;
+    request.steps = steps;
+    request.cfg_scale = cfg_scale;
+    request.seed = seed;
+    request.batch_size = batch_size;
+    request.sampler = c_text(sampler, "sampler");
+    request.scheduler = c_text(scheduler, "scheduler");
+    request.rng = c_text(rng, "rng");
+    request.eta = eta;
+    request.clip_skip = clip_skip;
+    request.init_image = pixels(init_image, "init_image", width, height, 3);
+    request.strength = strength;
+    request.mask = pixels(mask, "mask", width, height, 1);
+    request.vae_tile = vae_tile;
+    request.on_step = on_step.is_none() ? nullptr : Run::step;
+    request.keep_going = Run::keep_going;
+    request.user = &run;
+
+    Bytes rgb = picture(batch_size, height, width);
+    uint8_t * out = rgb.mutable_data();
+    const sd_status status = released([&] { return sd_generate(ctx.get(), &request, out); });
+    run.raised.rethrow();
+    context.while_logging().rethrow();
+    check(status);
+    return rgb;
+}
+
+} // namespace
+
+void bind_generate(py::module_ & m, ContextClass & context) {
+    py::class_<Preview, std::shared_ptr<Preview>>(m, "Preview")
+        .def("__call__", &Preview::operator(), "image"_a = 0);
+
+    context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
+                "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
+                "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
+                "loras"_a = LoraLists());
+}
+
+} // namespace binding

@@ -1,0 +1,256 @@
+#include "kernels/product.h"
+
+#include "core/error.h"
+
+#include <ggml.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace sd {
+namespace {
+
+// A block of weights that is unpacked at a time should stay in the second-level cache while rows pass by: channels and
+// taps times columns.
+constexpr int64_t depth_at_once = 384, columns_at_most = 256;
+constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
+// Unpacking a block of weights must be little work beside multiplying by it, and its sums should stay in the cache while
+// the next channels are added.
+constexpr int64_t rows_at_least = 512, rows_at_most = 1024, rows_of_quantised = 4096;
+
+int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
+int64_t inputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[2] : weight->ne[0]; }
+int64_t outputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[3] : weight->ne[1]; }
+
+bool is_element(ggml_type type) { return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16; }
+
+Element element_of(ggml_type type) {
+    return type == GGML_TYPE_F16 ? Element::f16 : type == GGML_TYPE_BF16 ? Element::bf16 : Element::f32;
+}
+
+size_t aligned(int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); }
+
+const float * data(const ggml_tensor * tensor) { return static_cast<const float *>(tensor->data); }
+
+} // namespace
+
+bool Product::can(const ggml_tensor * weight) {
+    return taps_of(weight) <= max_taps &&
+           (is_element(weight->type) || (taps_of(weight) == 1 && ggml_get_type_traits(weight->type)->to_float));
+}
+
+bool Product::can_gate(const ProductParts & parts) {
+    return parts.activation == Activation::none && !parts.scale && !parts.shift && !parts.residual && parts.terms.size() <= 2 &&
+           outputs_of(parts.terms.front().weight) % 2 == 0 && inputs_of(parts.terms.front().weight) <= deepest_gated;
+}
+
+Product::Product(const KernelSet & kernel_set, Pool & threads, ProductParts parts)
+    : Operation(kernel_set, threads), parts_(std::move(parts)) {
+    const ProductTerm & first = parts_.terms.front();
+    columns_ = outputs_of(first.weight) / (gated() ? 2 : 1);
+    const Rows rows = rows_of(first);
+    ne_ = {columns_, first.x->ne[1], first.x->ne[2], first.x->ne[3]};
+    if (taps_of(first.weight) > 1 || first.stride > 1 || first.seen_width > 0) {
+        ne_[1] = rows.out_width;
+        ne_[2] = rows.out_height;
+    }
+    rows_ = ne_[1] * ne_[2] * ne_[3];
+    plan_chunks();
+    pool.reserve(panel_bytes_ + pack_bytes_ + row_bytes_);
+}
+
+Rows Product::rows_of(const ProductTerm & term) const {
+    const ggml_tensor * x = term.x;
+    const bool          kernel = taps_of(term.weight) > 1;
+    Rows                rows{};
+    rows.pixel = x->ne[0];
+    rows.width = static_cast<int>(x->ne[1]);
+    rows.height = static_cast<int>(x->ne[2]);
+    rows.image = rows.pixel * rows.width * rows.height;
+    rows.seen_width = term.seen_width > 0 ? static_cast<int>(term.seen_width) : rows.width;
+    rows.seen_height = term.seen_height > 0 ? static_cast<int>(term.seen_height) : rows.height;
+    rows.taps_w = kernel ? static_cast<int>(term.weight->ne[0]) : 1;
+    rows.taps_h = kernel ? static_cast<int>(term.weight->ne[1]) : 1;
+    rows.stride = term.stride;
+    rows.pad = term.pad;
+    rows.out_width = (rows.seen_width + 2 * rows.pad - rows.taps_w) / rows.stride + 1;
+    rows.out_height = (rows.seen_height + 2 * rows.pad - rows.taps_h) / rows.stride + 1;
+    rows.zeros = zeros_.data();
+    return rows;
+}
+
+// ---- which weights are unpacked at a time ---------------------------------------------------------------------
+
+void Product::plan_chunks() {
+    int64_t longest = 0;
+    for (size_t term = 0; term < parts_.terms.size(); ++term) {
+        const ggml_tensor * weight = parts_.terms[term].weight;
+        const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
+        // A value meets its gate when both are complete: all at a time.
+        const int64_t most = gated() ? inputs : std::max<int64_t>(depth_at_once * (set.bf16 ? 2 : 1) / taps, 16);
+        const int64_t pieces = (inputs + most - 1) / most;
+        const int64_t step = std::max<int64_t>(block, 2);
+        const int64_t length = ((inputs + pieces - 1) / pieces + step - 1) / step * step; // of nearly the same length
+        for (int64_t first = 0; first < inputs; first += length) {
+            const Slice slice{term, static_cast<int>(taps), static_cast<int>(std::min(length, inputs - first)), first};
+            if (gated() && !chunks_.empty()) {
+                chunks_.front().push_back(slice);
+            } else {
+                chunks_.push_back({slice});
+            }
+        }
+        longest = std::max(longest, length);
+    }
+    zeros_.assign(static_cast<size_t>(longest), 0.0f);
+    const int64_t panels = columns_at_once() / set.panel * (gated() ? 2 : 1);
+    for (const Chunk & chunk : chunks_) {
+        size_t panel_bytes = 0, row_bytes = 0;
+        for (const Slice & slice : chunk) {
+            panel_bytes += aligned(set.panel_bytes(slice.taps, slice.length) * panels);
+            row_bytes += aligned(set.row_scratch(slice.taps, slice.length));
+            const int64_t floats = int64_t{slice.taps} * (slice.length + 1) * set.lanes; // dequantised, and the set's own
+            pack_bytes_ = std::max(pack_bytes_, aligned(2 * 4 * floats));
+        }
+        panel_bytes_ = std::max(panel_bytes_, panel_bytes);
+        row_bytes_ = std::max(row_bytes_, row_bytes);
+    }
+}
+
+int64_t Product::columns_at_once() const {
+    const int64_t panels = (columns_ + set.panel - 1) / set.panel;
+    const int64_t most = std::max<int64_t>(columns_at_most / (gated() ? 2 : 1) / set.panel, 1);
+    int64_t       blocks = (panels + most - 1) / most;
+    if (rows_ < 2 * rows_at_least) { // then threads share columns
+        blocks = std::min(panels, std::max<int64_t>(blocks, 2 * pool.threads()));
+    }
+    return (panels + blocks - 1) / blocks * set.panel;
+}
+
+// Rows [row, row + rows) of a weight, at most as many as a vector has lanes, become columns of a panel.
+void Product::pack(const Slice & slice, int64_t row, int64_t rows, char * to, int column, float * floats, float * scratch) const {
+    const ggml_tensor * weight = parts_.terms[slice.term].weight;
+    const int64_t       taps = slice.taps, n = inputs_of(weight) * taps, first = slice.first * taps;
+    const size_t        row_bytes = ggml_row_size(weight->type, n);
+    const char *        from = static_cast<const char *>(weight->data) + static_cast<size_t>(row) * row_bytes;
+    Pack                p{from, element_of(weight->type), n, static_cast<int>(rows), slice.taps, slice.length, to, column, scratch};
+    if (is_element(weight->type)) {
+        p.from = from + static_cast<size_t>(first) * ggml_type_size(weight->type);
+    } else {
+        const auto to_float = ggml_get_type_traits(weight->type)->to_float;
+        for (int64_t i = 0; i < rows; ++i) {
+            to_float(from + static_cast<size_t>(i) * row_bytes + ggml_row_size(weight->type, first), floats + i * slice.length,
+                     slice.length);
+        }
+        p.from = floats;
+        p.row = slice.length;
+    }
+    set.pack(p);
+}
+
+void Product::pack_columns(const Slice & slice, const Piece & piece, char * panels, char * scratch) const {
+    const int64_t bytes = set.panel_bytes(slice.taps, slice.length);
+    const int64_t halves = gated() ? 2 : 1;
+    auto *        floats = reinterpret_cast<float *>(scratch);
+    float *       own = floats + slice.taps * (static_cast<int64_t>(slice.length) + 1) * set.lanes;
+    for (int64_t column = piece.first_column; column < piece.end_column; column += set.panel) {
+        for (int64_t half = 0; half < halves; ++half, panels += bytes) {
+            for (int64_t at = 0; at < set.panel; at += set.lanes) {
+                const int64_t rows = std::clamp<int64_t>(columns_ - column - at, 0, set.lanes);
+                pack(slice, half * columns_ + std::min(column + at, columns_ - 1), rows, panels, static_cast<int>(at), floats, own);
+            }
+        }
+    }
+}
+
+// ---- multiplying ----------------------------------------------------------------------------------------------
+
+void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
+    auto *     panels = static_cast<char *>(pool.scratch(thread, panel_bytes_ + pack_bytes_ + row_bytes_));
+    char *     pack_scratch = panels + panel_bytes_;
+    const auto at_column = [&](const ggml_tensor * tensor) { return tensor ? data(tensor) + piece.first_column : nullptr; };
+    const auto per_image = [&](const ggml_tensor * tensor) {
+        return tensor && ggml_nelements(tensor) > columns_ ? columns_ : int64_t{0};
+    };
+    const ggml_tensor * many = per_image(parts_.scale) > 0 ? parts_.scale : parts_.shift;
+    Epilogue            epilogue{};
+    epilogue.bias = at_column(parts_.bias);
+    epilogue.gate_bias = parts_.bias ? epilogue.bias + columns_ : nullptr;
+    epilogue.activation = parts_.activation;
+    epilogue.scale = at_column(parts_.scale);
+    epilogue.scale_image = per_image(parts_.scale);
+    epilogue.shift = at_column(parts_.shift);
+    epilogue.shift_image = per_image(parts_.shift);
+    epilogue.residual = at_column(parts_.residual);
+    epilogue.residual_row = columns_;
+    epilogue.rows_per_image = many ? rows_ / std::max<int64_t>(ggml_nelements(many) / columns_, 1) : rows_;
+
+    Block block{};
+    block.first_row = piece.first_row;
+    block.end_row = piece.end_row;
+    block.y = static_cast<float *>(out->data) + piece.first_column;
+    block.y_row = columns_;
+    block.columns = static_cast<int>(piece.end_column - piece.first_column);
+    block.epilogue = &epilogue;
+    block.scratch = pack_scratch + pack_bytes_;
+    for (size_t i = 0; i < chunks_.size(); ++i) {
+        char * to = panels;
+        block.count = 0;
+        for (const Slice & slice : chunks_[i]) {
+            pack_columns(slice, piece, to, pack_scratch);
+            Operand & operand = block.operands[block.count++];
+            operand = {rows_of(parts_.terms[slice.term]), static_cast<int>(slice.first), slice.length, to};
+            operand.rows.x = data(parts_.terms[slice.term].x);
+            to += aligned(set.panel_bytes(slice.taps, slice.length) * (columns_at_once() / set.panel) * (gated() ? 2 : 1));
+        }
+        block.first = i == 0;
+        block.last = i + 1 == chunks_.size();
+        set.product(block);
+    }
+}
+
+void Product::run(ggml_tensor * out) {
+    const int64_t columns = columns_at_once(), across = (columns_ + columns - 1) / columns;
+    const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
+    const int64_t most = std::max<int64_t>(rows_ / rows_at_least, 1);
+    const bool    quantised = !is_element(parts_.terms.front().weight->type);
+    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : rows_at_most) : 1;
+    const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
+    pool.run(across * down, [&](int64_t number, int thread) {
+        const int64_t row = number / across, column = number % across;
+        work(out, {rows_ * row / down, rows_ * (row + 1) / down, column * columns, std::min((column + 1) * columns, columns_)},
+             thread);
+    });
+}
+
+ggml_tensor * Product::append_to(ggml_context * ctx) {
+    std::vector<ggml_tensor *> sources;
+    for (const ProductTerm & term : parts_.terms) {
+        sources.push_back(term.x);
+    }
+    for (ggml_tensor * tensor : {parts_.bias, parts_.scale, parts_.shift, parts_.residual}) {
+        if (tensor) {
+            sources.push_back(tensor);
+        }
+    }
+    return append(ctx, ne_, std::move(sources));
+}
+
+std::string Product::describe() const {
+    const ggml_tensor * weight = parts_.terms.front().weight;
+    const std::string   kind = taps_of(weight) > 1 ? text("convolution %lldx%lld", static_cast<long long>(weight->ne[0]),
+                                                          static_cast<long long>(weight->ne[1]))
+                                                   : "product";
+    return text("%s %lld -> %lld%s, %lld rows, %s", kind.c_str(), static_cast<long long>(inputs_of(weight)),
+                static_cast<long long>(outputs_of(weight)), parts_.terms.size() > 1 ? " with adapters" : "",
+                static_cast<long long>(rows_), ggml_type_name(weight->type));
+}
+
+double Product::flops() const {
+    double flops = 0;
+    for (const ProductTerm & term : parts_.terms) {
+        flops += 2.0 * static_cast<double>(rows_ * taps_of(term.weight) * inputs_of(term.weight) * outputs_of(term.weight));
+    }
+    return flops;
+}
+
+} // namespace sd

@@ -1,0 +1,110 @@
+// A kernel set: the inner loops of CPU operations, compiled once per instruction set and chosen at run time.
+// Plain structs and function pointers only, for what a set's file compiles must not leak into others; see simd.h.
+#pragma once
+
+#include <cstdint>
+
+namespace sd {
+
+enum class Activation { none, silu, gelu, quick_gelu, gelu_tanh, geglu };
+
+// The left operand of a product: a row of floats per output pixel and tap. Tokens are a picture one pixel high.
+struct Rows {
+    const float * x;                 // [channels, width, height, images]
+    int64_t       pixel, image;      // floats from one to the next
+    int           width, height;     // of x
+    int           seen_width, seen_height; // x is enlarged to this, nearest; else the same
+    int           out_width, out_height;
+    int           taps_w = 1, taps_h = 1, stride = 1, pad = 0;
+    const float * zeros;             // what lies outside of x
+};
+
+constexpr int max_taps = 64;
+
+// What becomes of a sum, in this order; null pointers are left out. All begin at the block's first column.
+struct Epilogue {
+    const float * bias;      // [n]
+    const float * gate_bias; // [n], of the gating half
+    Activation    activation;
+    const float * scale;     // [n, images], floats from one image to the next
+    int64_t       scale_image;
+    const float * shift;     // [n, images]
+    int64_t       shift_image;
+    const float * residual;  // [n, rows]
+    int64_t       residual_row;
+    int64_t       rows_per_image;
+};
+
+// Rows and the panels that they meet: channels [c0, c0 + length) of every tap.
+struct Operand {
+    Rows         rows;
+    int          c0, length;
+    const void * panels; // as pack() left them; those of the next column KernelSet::panel_bytes() further
+};
+
+// y[row, column] (+)= sum over operands, taps and channels of rows times panels.
+struct Block {
+    Operand          operands[2];
+    int              count = 1; // of operands
+    int64_t          first_row, end_row;
+    float *          y;       // of the block's first column
+    int64_t          y_row;   // floats from one row to the next
+    int              columns; // that there are; panels are filled up with zeros
+    bool             first, last;
+    const Epilogue * epilogue; // after the last
+    void *           scratch;  // KernelSet::row_scratch(...) bytes of each operand
+};
+
+enum class Element { f32, f16, bf16 };
+
+// Columns of a panel from as many rows of a weight: [channels * taps] each, of which `length` channels are taken.
+struct Pack {
+    const void * from;    // at the first channel
+    Element      element;
+    int64_t      row;     // elements from one row to the next
+    int          rows;    // that there are, at most `lanes`
+    int          taps, length;
+    void *       to;      // the panel
+    int          column;  // where in it
+    float *      scratch; // taps * (length + 1) * lanes floats
+};
+
+// softmax(q k^T scale + mask) v of one head of one picture.
+struct Head {
+    const float * q, * k, * v; // [size, tokens]
+    float *       out;         // [size, queries]
+    int64_t       q_row, k_row, v_row, out_row; // floats from one token to the next
+    const float * mask;        // [keys, queries] or null
+    int64_t       mask_row;
+    int64_t       first_query, end_query, keys;
+    int           size;
+    float         scale;
+    void *        scratch;     // KernelSet::head_scratch(...) bytes
+};
+
+struct KernelSet {
+    const char * name;
+    int          lanes, panel; // floats in a vector, columns in a panel
+    bool         bf16;         // products of bf16, summed in f32
+
+    int64_t (*panel_bytes)(int taps, int length); // of one panel
+    int64_t (*row_scratch)(int taps, int length);
+    void (*pack)(const Pack &);
+    void (*product)(const Block &);
+
+    int64_t (*head_scratch)(int64_t keys, int size);
+    void (*attention)(const Head &);
+
+    // Sums over `rows` rows of [channels]: mean and sum of squared distances from it, per channel.
+    void (*moments)(const float * x, int64_t rows, int64_t row, int64_t channels, float * mean, float * squares);
+    // y = activation(x * scale + shift), per channel.
+    void (*affine)(const float * x, float * y, int64_t rows, int64_t channels, const float * scale, const float * shift,
+                   Activation activation);
+    // (x - mean) / sqrt(variance + eps) * weight + bias of each row; of RMS norms without the mean, weight and bias may be null.
+    void (*normalise)(const float * x, float * y, int64_t rows, int64_t channels, const float * weight, const float * bias,
+                      float eps, bool rms);
+    void (*activate)(const float * x, float * y, int64_t n, Activation activation);
+    void (*add)(const float * x, const float * y, float * to, int64_t n);
+};
+
+} // namespace sd

@@ -1,0 +1,3 @@
+#define SD_SET set_avx512
+#define SD_SET_NAME "avx512"
+#include "kernels/set.inl"

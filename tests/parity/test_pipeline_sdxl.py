@@ -1,0 +1,187 @@
+"""Whole runs of SD 2.x and SDXL against diffusers' pipelines, tokenizers included: from a prompt and a seed to a
+latent and pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_sdxl
+from cases import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP
+from closeness import assert_close
+
+from sdcpp_py import SDContext, _native
+
+pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
+pytestmark = pytest.mark.parity
+
+PROMPT, NEGATIVE, SEED, STEPS = "a red heart, soft light", "blurry", 11, 9
+REQUEST: dict[str, Any] = {"steps": STEPS, "cfg_scale": 5.0, "seed": SEED, "sampler": "euler", "scheduler": "normal"}
+PICTURE = (np.indices((64, 80)).sum(axis=0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
+IDS = {SD2: "sd2", SD2_V_DEEP: "sd2-v-inpainting", SDXL: "sdxl", SDXL_DEEP: "sdxl-inpainting"}
+
+
+class Truth:
+    """A tiny model's folder opened by diffusers."""
+
+    def __init__(self, model: tiny.TinySD1, folder: Path) -> None:
+        from reference_networks import open_parts
+        from reference_tokens import clip_tokenizer
+
+        self.model, self.parts = model, open_parts(folder)
+        self.parts["tokenizer"] = clip_tokenizer("!" if model.open_clip else "<|endoftext|>", 77)
+        if model.text_2_width:
+            self.parts["tokenizer_2"] = clip_tokenizer("!", 77)
+
+    def pipeline(self, task: str = "") -> Any:
+        """Stable diffusion's pipeline of this task: "", "Img2Img" or "Inpaint"."""
+        import diffusers
+
+        scheduler = diffusers.EulerDiscreteScheduler(
+            num_train_timesteps=1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=self.model.prediction,
+            timestep_spacing="linspace",
+            steps_offset=1,
+        )
+        extra: dict[str, Any] = {"add_watermarker": False}
+        if not self.model.text_2_width:
+            extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        kind = getattr(diffusers, self.model.pipeline.replace("Pipeline", f"{task}Pipeline"))
+        pipe = kind(**self.parts, scheduler=scheduler, **extra)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def paint(self, task: str = "", **arguments: Any) -> np.ndarray:
+        """The latent that the pipeline ends with."""
+        arguments = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"} | arguments
+        return self.pipeline(task)(prompt=PROMPT, negative_prompt=NEGATIVE, **arguments).images.numpy()
+
+    def encode(self, rgb: np.ndarray) -> np.ndarray:
+        """The mean of the latent, scaled."""
+        import torch
+
+        image = torch.from_numpy(rgb.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+        with torch.no_grad():
+            return self.parts["vae"].encode(image).latent_dist.mean.numpy() * np.float32(self.model.vae_scale)
+
+    def decode(self, latent: np.ndarray) -> np.ndarray:
+        """Rows of 8-bit RGB."""
+        import torch
+
+        with torch.no_grad():
+            image = self.parts["vae"].decode(torch.from_numpy(latent / self.model.vae_scale)).sample.numpy()
+        return np.round(np.clip(image * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def noise(height: int, width: int) -> Any:
+    import torch
+
+    return torch.randn((1, 4, height // 8, width // 8), generator=torch.Generator().manual_seed(SEED))
+
+
+def latent_of(context: SDContext) -> np.ndarray:
+    return _native.probe_latent(context._native)
+
+
+@pytest.fixture(scope="module", params=[SD2, SDXL], ids=IDS.get)
+def pair(request: pytest.FixtureRequest, tiny_folder: Callable[..., Path]) -> Iterator[tuple[SDContext, Truth]]:
+    folder = tiny_folder(request.param)
+    with SDContext(folder, threads=2) as context:
+        yield context, Truth(request.param, folder)
+
+
+def test_text_to_image(pair: tuple[SDContext, Truth]) -> None:
+    context, truth = pair
+    image = context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
+    want = truth.paint(latents=noise(64, 96), width=96, height=64)
+    assert_close(latent_of(context), want, tolerance=1e-3)
+    levels = np.abs(np.asarray(image).astype(int) - truth.decode(want)[0].astype(int))
+    assert np.mean(levels <= 1) >= 0.999
+
+
+def test_image_to_image(pair: tuple[SDContext, Truth]) -> None:
+    import torch
+
+    context, truth = pair
+    context.generate(PROMPT, NEGATIVE, init_image=PICTURE, strength=0.75, **REQUEST)
+    # Latents are taken as they are; XL's pipeline would not know the picture's size from them.
+    size = {"original_size": (64, 80), "target_size": (64, 80)} if truth.model.text_2_width else {}
+    want = truth.paint(
+        "Img2Img",
+        image=torch.from_numpy(truth.encode(PICTURE)),
+        strength=0.75,
+        generator=torch.Generator().manual_seed(SEED),
+        **size,
+    )
+    assert_close(latent_of(context), want, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("model", [SD2_V_DEEP, SDXL_DEEP], ids=IDS.get)
+def test_a_model_made_for_inpainting_repaints_all(model: tiny.TinySD1, tiny_folder: Callable[..., Path]) -> None:
+    """Nine input channels: latent, mask, and a picture of which nothing is kept."""
+    import torch
+
+    truth = Truth(model, tiny_folder(model))
+    with SDContext(tiny_folder(model), threads=2) as context:
+        context.generate(PROMPT, NEGATIVE, width=64, height=64, **REQUEST)
+        got = latent_of(context)
+    grey = np.full((64, 64, 3), 127.5, np.float32)
+    want = truth.paint(
+        "Inpaint",
+        image=torch.from_numpy(grey.transpose(2, 0, 1)[None] / 127.5 - 1),
+        mask_image=torch.ones((1, 1, 64, 64)),
+        masked_image_latents=torch.from_numpy(truth.encode(grey)),
+        latents=noise(64, 64),
+        strength=1.0,
+        width=64,
+        height=64,
+    )
+    assert_close(got, want, tolerance=1e-3)
+
+
+def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
+    """SDXL: chunks side by side, weights by encoder, the picture's vector from the first chunk."""
+    import torch
+
+    truth = Truth(SDXL, tiny_folder(SDXL))
+    pipe = truth.pipeline()
+    first, _, pooled, _ = pipe.encode_prompt("a red heart", do_classifier_free_guidance=False)
+    second, *_ = pipe.encode_prompt("blue sea", do_classifier_free_guidance=False)
+    weights = torch.ones((1, 77, 1))
+    weights[:, 1:3] = 1.5
+    parts = []
+    for part in second.split([SDXL.text_width, SDXL.text_2_width], dim=-1):
+        weighted = part * weights
+        parts.append(weighted * (part.mean() / weighted.mean()))
+    want = pipe(
+        prompt_embeds=torch.cat([first, torch.cat(parts, dim=-1)], dim=1),
+        pooled_prompt_embeds=pooled,
+        guidance_scale=1.0,
+        num_inference_steps=2,
+        latents=noise(64, 64),
+        width=64,
+        height=64,
+        output_type="latent",
+    ).images.numpy()
+    with SDContext(tiny_folder(SDXL), threads=2) as context:
+        request = REQUEST | {"steps": 2, "cfg_scale": 1.0, "width": 64, "height": 64}
+        context.generate("a red heart BREAK (blue sea:1.5)", **request)
+        assert_close(latent_of(context), want, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("model", [SD2, SDXL], ids=IDS.get)
+def test_a_single_file_paints_the_same(model: tiny.TinySD1, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    request = REQUEST | {"width": 64, "height": 64, "steps": 2}
+    latents = []
+    for path in (tiny_folder(model), tiny_sdxl.write_single(model, tmp_path / "single.safetensors")):
+        with SDContext(path, threads=2) as context:
+            context.generate(PROMPT, NEGATIVE, **request)
+            latents.append(latent_of(context))
+    np.testing.assert_array_equal(*latents)

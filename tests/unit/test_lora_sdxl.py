@@ -1,0 +1,237 @@
+"""LoRAs on SD 2.x and SDXL: every kind on fused projections, the encoders by their names, and LoRAs of others.
+
+Numbers in names (test_case_38_...) are those of the cases in the catalogue of LoRA files, section 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import lora_files
+import numpy as np
+import pytest
+import reference_lora
+import tiny
+import tiny_sdxl
+from cases import SD1, SD2, SDXL, denoise, text
+from closeness import assert_close, relative_rmse
+from lora_files import Update, random_update, save, tensors_of
+
+from sdcpp_py import BadFile, SDContext, _native
+
+LAYER = "text_model.encoder.layers.1"
+BLOCK = "unet.mid_block.attentions.0.transformer_blocks"
+
+
+@dataclass
+class Model:
+    """A tiny model of one family in a single file, where projections are fused, in each mode."""
+
+    tiny: tiny.TinySD1
+    folder: Path
+    contexts: dict[str, SDContext]
+    fingerprint: str
+    plain: dict[str, np.ndarray]
+
+    @property
+    def encoder(self) -> str:
+        """The component whose projections are fused."""
+        return "text_encoder_2" if self.tiny.text_2_width else "text_encoder"
+
+    def paths(self, kind: reference_lora.Kind) -> list[str]:
+        """Modules of which this kind can be, of the fused encoder and of the UNet."""
+        paths = [f"{self.encoder}.{LAYER}.{part}" for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.fc2")]
+        paths += [f"{self.encoder}.{LAYER}.layer_norm1", f"{BLOCK}.0.attn2.to_k"]
+        paths += ["unet.down_blocks.0.resnets.0.conv1", "unet.up_blocks.1.resnets.0.norm1"]
+        if self.tiny.text_2_width:
+            paths += ["text_encoder_2.text_projection", "unet.add_embedding.linear_1", f"{BLOCK}.1.attn1.to_q"]
+        weights = lora_files.base(self.tiny)
+        return [path for path in paths if kind.fits(weights[f"{path}.weight"])]
+
+    def update(self, paths: list[str], make: reference_lora.Makes = reference_lora.lora, seed: int = 0) -> Update:
+        return random_update(paths, make, seed, self.tiny)
+
+    def answers(self, mode: str, loras: dict[Path, Any]) -> dict[str, np.ndarray]:
+        self.contexts[mode].apply_loras(loras)
+        return answers(self.tiny, self.contexts[mode])
+
+
+def answers(model: tiny.TinySD1, context: SDContext) -> dict[str, np.ndarray]:
+    """What the denoiser and the text encoders give for one input each."""
+    cases = [denoise("lora", model, 8, 6, [250.0]), text("lora", model, 2, n=1)]
+    if model.text_2_width:
+        cases.append(text("lora", model, 2, "pooled", n=1))
+    return {case.network: _native.probe_run(context._native, case.network, **case.inputs) for case in cases}
+
+
+def assert_same_answers(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    """Float32 on both sides, with other orders of sums."""
+    for network, there in want.items():
+        assert_close(got[network], there, 1e-5)
+
+
+@pytest.fixture(scope="module", params=[SD2, SDXL], ids=["sd2", "sdxl"])
+def model(
+    request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    single = tiny_sdxl.write_single(request.param, tmp_path_factory.mktemp("single") / "model.safetensors")
+    contexts = {mode: SDContext(single, threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
+    plain = answers(request.param, contexts["runtime"])
+    yield Model(request.param, tiny_folder(request.param), contexts, contexts["runtime"].fingerprint(), plain)
+    for context in contexts.values():
+        context.close()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "model" in request.fixturenames:
+        model = request.getfixturevalue("model")
+        for context in model.contexts.values():
+            context.apply_loras({})
+            assert context.fingerprint() == model.fingerprint
+
+
+_numbers = count()
+
+
+@pytest.fixture
+def model_with(tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """What a folder answers whose weights hold the changes: W + delta in float64, rounded once."""
+
+    def run(model: Model, *updates: tuple[Update, float]) -> dict[str, np.ndarray]:
+        changed = lora_files.merged(*updates, model=model.tiny, weights=lora_files.base(model.tiny))
+        path = lora_files.write_model(tmp_path / f"model-{next(_numbers)}", model.folder, changed, model.tiny)
+        with SDContext(path, threads=1) as context:
+            return answers(model.tiny, context)
+
+    return run
+
+
+def is_complete(context: SDContext) -> bool:
+    return all(report.is_complete for report in context.lora_reports)
+
+
+# Of each way in which kinds act on a weight one; the others are as on any other weight.
+TYPICAL = ("lora", "lokr-w2", "full-with-bias", "norms", "ia3-output", "dora-inputs", "oft-rescaled")
+KINDS = [pytest.param(kind, marks=() if kind in TYPICAL else pytest.mark.slow) for kind in reference_lora.KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_the_change_that_its_formula_says(
+    kind: str, model: Model, model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """Also where the module is some rows of a fused weight, or a transposed one."""
+    makes = reference_lora.KINDS[kind]
+    update = model.update(model.paths(makes), makes.make)
+    file = save(tmp_path / "lora.safetensors", tensors_of(update, lora_files.numbered))
+    want = model_with(model, (update, 0.8))
+    for network in want if makes.linear or makes.norm else ["denoise"]:
+        assert relative_rmse(want[network], model.plain[network]) > 1e-3
+    for mode, context in model.contexts.items():
+        assert_same_answers(model.answers(mode, {file: 0.8}), want)
+        (report,) = context.lora_reports
+        assert report.is_complete
+        assert len(report.applied) == len(update)
+
+
+def test_case_38_the_projections_of_a_weight_change_by_themselves(
+    model: Model, model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """Queries and values have ranks and scales of their own in one fused weight; keys have none."""
+    layer = f"{model.encoder}.{LAYER}.self_attn"
+    update = {
+        **model.update([f"{layer}.q_proj"], lambda rng, w: reference_lora.lora(rng, w, rank=2, alpha=8.0), seed=1),
+        **model.update([f"{layer}.v_proj"], lambda rng, w: reference_lora.lora(rng, w, rank=5, alpha=None), seed=2),
+    }
+    file = save(tmp_path / "qv.safetensors", tensors_of(update, lora_files.numbered))
+    for mode in model.contexts:
+        assert_same_answers(model.answers(mode, {file: 1.0}), model_with(model, (update, 1.0)))
+
+
+SPELLINGS: dict[str, Callable[[tiny.TinySD1], Callable[[str], str]]] = {
+    "hf": lambda model: lora_files.numbered,
+    "sgm": lambda model: lambda path: (
+        lora_files.numbered(path) if path.startswith("text") else f"lora_unet_{lora_files.flat(lora_files.original(path, model))}"
+    ),
+    "diffusers": lambda model: lambda path: path,
+    "comfy": lambda model: lambda path: {
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "unet": "diffusion_model.",
+    }[path.partition(".")[0]] + lora_files.original(path, model),
+    "lycoris-unet": lambda model: lambda path: f"lycoris_{lora_files.flat(path.partition('.')[2])}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_module_is_found_by_every_spelling(spelling: str, model: Model, tmp_path: Path) -> None:
+    """kohya's with both names of the UNet's blocks, diffusers', ComfyUI's, and the wrapper's own."""
+    parts = "unet" if spelling.endswith("unet") else " ".join(p for p in tiny.components(model.tiny) if p != "vae")
+    update = model.update(lora_files.modules("linear conv", parts, model.tiny), seed=2)
+    stem = SPELLINGS[spelling](model.tiny)
+    tensors = tensors_of(update, stem) if spelling != "diffusers" else lora_files.peft(update)
+    file = save(tmp_path / f"{spelling}.safetensors", tensors)
+    reference = save(tmp_path / "reference.safetensors", tensors_of(update, lora_files.numbered))
+    report = model.contexts["runtime"].inspect_lora(file)
+    assert report.is_complete
+    assert report.unet_modules + report.text_modules == len(update)
+    assert_same_answers(model.answers("runtime", {file: 0.5}), model.answers("runtime", {reference: 0.5}))
+
+
+def test_encoders_have_their_own_multiplier(tmp_path: Path, model: Model) -> None:
+    """Both text encoders take the first number of a tag, the UNet the second."""
+    parts = {part: lora_files.modules("linear", part, model.tiny)[::3] for part in tiny.components(model.tiny)}
+    update = model.update([path for paths in parts.values() for path in paths], seed=4)
+    unet = {path: factors for path, factors in update.items() if path in parts["unet"]}
+    text = {path: factors for path, factors in update.items() if path not in unet}
+    file, of_unet, of_text = (
+        save(tmp_path / f"{i}.safetensors", tensors_of(some, lora_files.numbered))
+        for i, some in enumerate((update, unet, text))
+    )
+    for told, alone in (({"te": 0.7, "unet": 0.0}, of_text), ({"te": 0.0, "unet": 0.7}, of_unet)):
+        assert_same_answers(model.answers("runtime", {file: told}), model.answers("runtime", {alone: 0.7}))
+
+
+# ---- LoRAs of other models -----------------------------------------------------------------------------
+
+NAMES = {"SD1": SD1, "SD2": SD2, "SDXL": SDXL}
+TEXT_WIDTHS = {"SD1": 768, "SD2": 1024, "SDXL": 2048}
+
+
+@pytest.mark.parametrize("made_for", NAMES)
+def test_case_42_a_lora_of_another_family_is_refused_by_its_name(made_for: str, model: Model, tmp_path: Path) -> None:
+    """Widths as real files have them: they tell what a LoRA was made for."""
+    family = model.contexts["runtime"].info.family
+    if made_for.lower() == family:
+        pytest.skip("its own")
+    tensors: dict[str, np.ndarray] = {}
+    for block in ("down_blocks_1_attentions_0", "mid_block_attentions_0"):
+        for part in ("k", "v"):
+            stem = f"lora_unet_{block}_transformer_blocks_0_attn2_to_{part}"
+            tensors[f"{stem}.lora_down.weight"] = np.ones((4, TEXT_WIDTHS[made_for]), np.float32)
+            tensors[f"{stem}.lora_up.weight"] = np.ones((128, 4), np.float32)
+    file = save(tmp_path / "other.safetensors", tensors)
+    for context in model.contexts.values():
+        with pytest.raises(BadFile, match=f"made for {made_for}, but the model is {family.upper()}"):
+            context.apply_loras({file: 1.0})
+
+
+# ---- weights per block ---------------------------------------------------------------------------------
+
+
+def test_weights_per_block(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """lbw of SDXL's layouts acts by the original names of blocks; BASE is the encoders, and time and size."""
+    update = random_update(lora_files.modules("linear", "unet text_encoder_2", SDXL), seed=6, model=SDXL)
+    inside = {path: v for path, v in update.items() if path.startswith("unet.mid_block.")}
+    save(tmp_path / "all.safetensors", tensors_of(update, lora_files.numbered))
+    save(tmp_path / "mid.safetensors", tensors_of(inside, lora_files.numbered))
+    with SDContext(tiny_folder(SDXL), threads=1, lora_dir=tmp_path) as context:
+        context.apply_loras({"all": {"lbw": "0,0,0,0,0,1,0,0,0,0,0,0"}})
+        got = answers(SDXL, context)
+        context.apply_loras({"mid": 1.0})
+        assert_same_answers(got, answers(SDXL, context))
