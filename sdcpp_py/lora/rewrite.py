@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from ..errors import BadArgument, BadFile, Cancelled
+from ..errors import BadArgument, BadFile, Cancelled, Unsupported
 from . import algebra, spelling
 from .algebra import Pair
 from .blocks import Blocks
@@ -299,6 +299,11 @@ def _make(inputs: Sequence[Input], i: int, plan: Plan, model: Model | None) -> _
             if total is not None and total.any():
                 made.add(unit, spelling.dense_tensors(plan.format, unit, module, leaf, total), plan.type, type)
                 made.kinds["norm" if module.form == NORM else "bias"] += 1
+        if f"{unit.stem}.lora_B.bias" in made.tensors and f"{unit.stem}.lora_A.weight" not in made.tensors:
+            raise Unsupported(
+                f"{unit.stem}: changes a bias alone, which {plan.format.name}'s format does not have; "
+                f"write it as kohya or comfy"
+            )
     return made
 
 
@@ -328,6 +333,7 @@ def _add_matrix(
     pair = _combined(here, pair_of, first, rows, plan)
     if pair is None:
         return
+    is_one_lora = len(here) == 1 and change.kind == "lora"  # which stays one, however high its rank
     side = min(rows, pair.down.shape[1])
     if lowers:
         if pair.rank < side:
@@ -336,7 +342,7 @@ def _add_matrix(
             reduced = algebra.reduce_dense(pair.dense(), plan.rank, plan.energy, first)
         made.lost[unit.stem] = (reduced.residual * reduced.norm, reduced.norm)
         pair = reduced.pair
-    elif not plan.format.peft and pair.rank * (rows + pair.down.shape[1]) > rows * pair.down.shape[1]:
+    elif not plan.format.peft and not is_one_lora and pair.up.size + pair.down.size > rows * pair.down.shape[1]:
         made.add(unit, spelling.dense_tensors(plan.format, unit, module, "weight", pair.dense()), plan.type, type)
         made.kinds["diff"] += 1
         return

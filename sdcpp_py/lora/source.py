@@ -104,7 +104,7 @@ class LoraSource:
         fitting: The families that its keys may mean, the likeliest first.
         outline: The modules of the first of them.
         sizes: Of those that the file changes.
-        unknown: Stems that mean nothing in the family.
+        unknown: Stems, and keys without a known ending, that mean nothing in the family.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class LoraSource:
         probed = [(i, leaf) for i, module in enumerate(self.outline.modules) for leaf in _leaves(module)]
         stems = _native.LoraFile(self._os_path, _probe(self.outline)).stems()
         self._found: dict[int, list[tuple[dict[str, Any], int]]] = defaultdict(list)
-        self.unknown: list[str] = []
+        self.unknown: list[str] = list(self.report.unmatched)
         for stem in stems:
             at = max(stem["weight"], stem["bias"])
             if at < 0:

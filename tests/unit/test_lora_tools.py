@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference_lora
 import tiny
+import tiny_sdxl
 from cases import SD1
 from closeness import assert_close, relative_rmse
 
@@ -23,6 +24,7 @@ from sdcpp_py.lora.spelling import FORMATS
 
 # Factors are float32; a sum over a rank of some tens rounds to a few 1e-7 of its size.
 SUM = 1e-6
+PARTS = "unet text_encoder text_encoder_2"
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
@@ -540,6 +542,17 @@ def test_what_means_nothing_is_refused_or_left_out(flux: dict, tmp_path: Path) -
     with pytest.raises(errors.BadFile, match=r"transformer\.nothing"):
         convert(x, out, to="kohya")
     assert convert(x, out, to="kohya", skip_unknown=True).unknown == ["transformer.nothing"]
+    odd = {**tensors_of(flux["a"][0]), "transformer.proj_out.lora_C": np.ones((2, 8), np.float32)}
+    with pytest.raises(errors.BadFile, match="lora_C"):
+        convert(lora_files.save(tmp_path / "odd.safetensors", odd), out, to="kohya")
+
+
+def test_a_bias_alone_has_no_place_in_pefts_format(tmp_path: Path) -> None:
+    tensors = {"lora_unet_single_blocks_0_linear2.diff_b": np.ones(8, np.float32)}
+    x = lora_files.save(tmp_path / "x.safetensors", tensors)
+    with pytest.raises(errors.Unsupported, match="a bias alone"):
+        convert(x, tmp_path / "y.safetensors", to="diffusers")
+    assert convert(x, tmp_path / "y.safetensors", to="comfy").kinds == {"bias": 1}
 
 
 def test_damaged_files_and_pickles_are_sentences(flux: dict, tmp_path: Path) -> None:
@@ -679,3 +692,29 @@ def test_text_encoders_only(tmp_path: Path) -> None:
     x = lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update))
     assert convert(x, tmp_path / "y.safetensors", to="diffusers").modules == len(update)
     assert LoraSource(x).family == "sd1"
+
+
+@pytest.mark.parametrize("layout", ["folder", "single"])
+@pytest.mark.parametrize("model", [tiny_sdxl.SD2, tiny_sdxl.SDXL], ids=["sd2", "sdxl"])
+def test_baked_models_of_other_families_paint_as_with_the_lora(
+    model: tiny.TinySD1, layout: str, tiny_folder: Callable, tmp_path: Path
+) -> None:
+    """OpenCLIP's fused projections, and both text encoders of SDXL, in either layout of the model."""
+    folder = tiny_folder(model)
+    base = folder if layout == "folder" else tiny_sdxl.write_single(model, tmp_path / "base.safetensors")
+    ends = (".to_q", ".to_v", ".q_proj", ".v_proj", ".fc1", ".conv1")
+    paths = [path for path in lora_files.modules("linear conv", PARTS, model) if path.endswith(ends)]
+    update = lora_files.random_update(paths, model=model)
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.peft(update))
+    bake(base, [(source, 0.7)], tmp_path / "baked.safetensors")
+
+    def latent(path: Path, loras: list) -> np.ndarray:
+        from sdcpp_py import _native
+
+        with SDContext(path, threads=1, lora_mode="restore") as sd_ctx:
+            sd_ctx.generate("a cat", loras=loras, steps=1, width=64, height=64, seed=1)
+            return _native.probe_latent(sd_ctx._native)
+
+    want = latent(base, [(source, 0.7)])
+    assert relative_rmse(latent(base, []), want) > 0.01
+    assert_close(latent(tmp_path / "baked.safetensors", []), want, 1e-4)  # as above
