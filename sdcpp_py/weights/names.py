@@ -6,20 +6,22 @@ The table is the engine's own: each weight that a family declares carries both n
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from .. import _native
 from ..errors import BadFile, Unsupported
 from ..files import data_dir
 from .source import AnyPath, Source
-from .tensor import Tensor
+from .tensor import Floats, Tensor, from_array
 
 # The matrices of an autoencoder's attention, which single files have as convolutions of one pixel.
 _PIXEL_CONVOLUTION = re.compile(r"^first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight$")
+_LAYER = re.compile(r"^(cond_stage_model\.model\.transformer\.resblocks\.)(\d+)(\..*)$")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     """
     parts = {role: os.fsencode(Path(path)) for role, path in components.items()}
     try:
-        _, declared = _native.list_weights(os.fsencode(source.path), components=parts, data_dir=os.fsencode(data_dir()))
+        family, declared = _native.list_weights(
+            os.fsencode(source.path), components=parts, data_dir=os.fsencode(data_dir())
+        )
     except Unsupported:
         return source
     stored = {tensor.name: tensor for tensor in source.tensors}
@@ -59,47 +63,78 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     used: set[str] = set()
     tensors: list[Tensor] = []
     for weight in declared:
-        name = weight["name"]
+        name, shape = weight["name"], weight["shape"]
         found = stored.get(weight["diffusers_name"]) or stored.get(name)
         if found is None:
             raise BadFile(f"{source.path}: has no {weight['diffusers_name']}, which {name} is made of")
         used.add(found.name)
-        if weight["rows"] == math.prod(weight["shape"][:-1]) or found.name == name:
+        rows = shape[0] if len(shape) == 1 else math.prod(shape[:-1])
+        if weight["rows"] in (rows, math.prod(shape[:-1])) or found.name == name:
             tensors.append(_renamed(found, name))
             continue
-        part = Part(found, weight["first_row"], weight["rows"], weight["swap_halves"])
-        fused.setdefault(name, []).append(part)
-        if sum(one.rows for one in fused[name]) == math.prod(weight["shape"][:-1]):
-            tensors.append(_joined(name, weight["shape"], fused.pop(name)))
+        joined = fused.setdefault(name, [])
+        joined.append(Part(found, weight["first_row"], weight["rows"], weight["swap_halves"]))
+        if sum(one.rows for one in joined) == rows:
+            tensors.append(_joined(name, shape, fused.pop(name)))
+    if family == "sd2":
+        tensors += _last_layer(tensors)
     others = [name for name in stored if name not in used]
     left_out = [*source.left_out, *([f"{len(others):,} tensors without a place in single files"] if others else [])]
     return replace(source, tensors=tensors, left_out=left_out)
 
 
+def _last_layer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The text encoder's last layer, which single files of SD 2 have and nothing uses: zeros, which change no state."""
+    last = max((int(match[2]) for tensor in tensors if (match := _LAYER.match(tensor.name))), default=0)
+    out = []
+    for tensor in tensors:
+        match = _LAYER.match(tensor.name)
+        if match and int(match[2]) == last:
+            values = np.zeros(tensor.shape, np.float32)
+            name = f"{match[1]}{last + 1}{match[3]}"
+            out.append(from_array(name, values, tensor.kept or tensor.type))
+    return out
+
+
 def _renamed(tensor: Tensor, name: str) -> Tensor:
+    if name.endswith("text_projection") and tensor.name != name:
+        # Single files have OpenCLIP's, a parameter without a layer, with rows for inputs.
+        return _made(tensor, name, tensor.shape[::-1], lambda: tensor.array().T)
     if _PIXEL_CONVOLUTION.match(name) and len(tensor.shape) == 2:
-        columns = tensor.row_length
-
-        def read(first: int, last: int) -> Any:  # rows of one element each
-            begin, end = first // columns, -(-last // columns)
-            return tensor.floats(begin, end).reshape(-1)[first - begin * columns : last - begin * columns]
-
-        return Tensor(name, (*tensor.shape, 1, 1), "f32", read, tensor.kept or tensor.type)
+        return _made(tensor, name, (*tensor.shape, 1, 1), tensor.array)
     return replace(tensor, name=name)
 
 
+def _made(tensor: Tensor, name: str, shape: tuple[int, ...], values: Callable[[], Floats]) -> Tensor:
+    """A tensor of the values of another, which is small enough to be read whole."""
+    length = shape[-1]
+
+    def read(first: int, last: int) -> Floats:
+        return np.ascontiguousarray(values()).reshape(-1, length)[first:last]
+
+    return Tensor(name, shape, "f32", read, tensor.kept or tensor.type)
+
+
 def _joined(name: str, shape: Sequence[int], parts: Sequence[Part]) -> Tensor:
-    """The fused weight, row by row in the order of its parts."""
+    """The fused weight, row by row in the order of its parts; a vector's rows are its numbers."""
     placed = sorted(parts, key=lambda part: part.first)
+    kept = placed[0].tensor.kept or placed[0].tensor.type
+    if len(shape) == 1:
+
+        def whole() -> Floats:
+            numbers = [part.tensor.array()[slice(*run)] for part in placed for run in part.runs(0, shape[0])]
+            return np.concatenate(numbers)
+
+        return _made(placed[0].tensor, name, tuple(shape), whole)
     kinds = {part.tensor.type for part in placed}
-    (kind,) = kinds if len(kinds) == 1 else ("f32",)
+    kind = kinds.pop() if len(kinds) == 1 else "f32"
 
     def read(first: int, last: int) -> bytes:
         out = []
         for part in placed:
             for begin, end in part.runs(first, last):
-                rows = part.tensor.read(begin, end) if len(kinds) == 1 else part.tensor.floats(begin, end)
+                rows = part.tensor.read(begin, end) if part.tensor.type == kind else part.tensor.floats(begin, end)
                 out.append(bytes(rows))
         return b"".join(out)
 
-    return Tensor(name, tuple(shape), kind, read, placed[0].tensor.kept or placed[0].tensor.type)
+    return Tensor(name, tuple(shape), kind, read, kept)
