@@ -97,6 +97,7 @@ def generate(
     ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
+    embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
@@ -149,6 +150,7 @@ def generate(
                 precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
                 lora_dir=lora_dir,
+                embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
             ) as sd_ctx,
         ):
@@ -280,7 +282,5 @@ def _doctor() -> None:
         for title, rows in doctor.report():
             typer.echo(f"{title}")
             print_rows(rows)
-        typer.echo(
-            "On the processor the kernels above are chosen by themselves. ggml that paints on a graphics card, e.g. CUDA's:"
-        )
+        typer.echo("The processor's kernels are chosen by themselves. For a graphics card, build ggml with its backend:")
         typer.echo(f"  {doctor.build_for_cards()}")

@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from . import files
+from .calibrate import calibrate
 from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
 from .context import SDContext
-from .errors import BadArgument
+from .errors import BadArgument, BadFile, from_os_error
 from .quality import compare
 from .weights import TYPES
 from .weights.conversion import convert as convert_weights
@@ -24,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
     """Makes the commands known."""
     app.command()(convert)
     app.command()(quality)
+    app.command()(imatrix)
 
 
 def convert(
@@ -46,6 +48,7 @@ def convert(
     ] = None,
     vae: Annotated[Path | None, typer.Option(help="Put this autoencoder into the file.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Put this text encoder into the file.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="Put this second text encoder of SDXL into the file.")] = None,
     only: Annotated[str | None, typer.Option(help="Write one part alone: denoiser, vae, clip_l, clip_g or t5.")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave these tensors out; may be repeated.")
@@ -62,13 +65,14 @@ def convert(
 ) -> None:
     """Convert a model to another file format or type of weights."""
     set_up_log(verbose=False)
+    parts = (("vae", vae), ("clip_l", clip_l), ("clip_g", clip_g))
     with one_sentence(), work_bar(quiet or dry_run) as on_progress:
         plan = convert_weights(
             source,
             target,
             type=type,
             tensor_types=[_rule(text) for text in tensor_type or []],
-            components={role: path for role, path in (("vae", vae), ("clip_l", clip_l)) if path is not None},
+            components={role: path for role, path in parts if path is not None},
             only=only,
             drop=drop or [],
             imatrix=imatrix,
@@ -137,6 +141,36 @@ def quality(
     for what, names in (("only in A", found.missing), ("only in B", found.added)):
         if names:
             typer.echo(f"{what}: {len(names):,} tensors, first {names[0]}")
+
+
+def imatrix(
+    model: Annotated[Path, typer.Argument(help="The model to be quantised.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write: .gguf.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to paint; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
+    steps: Annotated[int, typer.Option(help="Of each picture.")] = 20,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side. [default: the model's own]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Paint pictures and write which columns of a model's matrices matter, for convert --imatrix."""
+    set_up_log(verbose=False)
+    with one_sentence(), work_bar(quiet) as on_progress:
+        texts = [*(prompt or []), *_lines(prompts)]
+        n = calibrate(model, output, texts, steps=steps, size=size, threads=threads, on_progress=on_progress)
+    if not quiet:
+        typer.echo(f"{output} ({n:,} matrices, {len(texts):,} pictures)")
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise from_os_error(path, error) from error
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path}: is no text in UTF-8") from error
 
 
 def print_info(path: Path) -> None:

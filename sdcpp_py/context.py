@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _native, files
+from .embeddings import Embedding, EmbeddingLibrary, Words, resolve
 from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, format_parameters, open_picture, pixels
 from .lora.library import LoraLibrary
 from .lora.report import LoraReport
 from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
-from .prompt import parse, parse_negative, shown
+from .prompt import Prompt, Span, parse, parse_negative, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,6 +106,7 @@ class SDContext:
         precision: str = "auto",
         prediction: str | None = None,
         lora_dir: AnyPath | None = None,
+        embedding_dir: AnyPath | None = None,
         lora_mode: str = "runtime",
         base_copy: str = "file",
         requantise: bool = False,
@@ -127,6 +129,7 @@ class SDContext:
             prediction: "eps" or "v"; None: what the file says, else what the family does.
             lora_dir: Folder of the LoRAs that prompts name; None: no names are known, but for the model that
                 ships, whose LoRAs lie beside it.
+            embedding_dir: Folder of the textual inversions that prompts name, see embeddings.py; None: there are none.
             lora_mode: How LoRAs act. "runtime": weights are never written, any switch is a matter of
                 milliseconds and exact on quantised weights. "restore": touched weights are rebuilt from the base,
                 so that a step costs nothing more. "diff": touched weights get the differences added; rounding
@@ -152,6 +155,11 @@ class SDContext:
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
         self._library = LoraLibrary(None if lora_dir is None else _path("lora_dir", lora_dir))
+        self._embeddings = EmbeddingLibrary(None if embedding_dir is None else _path("embedding_dir", embedding_dir))
+        self._learned: list[Embedding] = []
+        self._as_opened = {
+            role: files.state_of(path.resolve()) for role, path in {"model": self._path, **self._components}.items()
+        }
         self._native = _native.Context(
             os.fsencode(self._path),
             components={role: os.fsencode(path) for role, path in self._components.items()},
@@ -178,9 +186,14 @@ class SDContext:
             return self._native.fingerprint()
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text has for the model, without begin and end; a chunk holds 75."""
+        """How many tokens a text has for the model, without begin and end; a chunk holds 75.
+
+        An embedding that it names counts as many as it has vectors.
+        """
         with self._lock:
-            return self._native.count_tokens(_text("text", text))
+            (span,), words = resolve([Span(_text("text", text))], self._embeddings, ())
+            self._learn([words])
+            return self._native.count_tokens(span.text or "")
 
     # ---- LoRA ------------------------------------------------------------------------------------------
 
@@ -354,10 +367,15 @@ class SDContext:
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
             ]
+            spans, words = self._named([*wanted, unwanted], uses)
+            self._learn(words)
+            # Before it paints: files may be gone afterwards.
+            hashes = [self._lora_hashes(of_prompt) for of_prompt in uses]
+            added_tags = lora_tags(self._library, loras)
             painted = self._native.generate(
-                prompts=[one.spans for one in wanted],
+                prompts=spans[:-1],
                 loras=[[use.native() for use in of_prompt] for of_prompt in uses],
-                negative_prompts=[unwanted.spans],
+                negative_prompts=spans[-1:],
                 width=width,
                 height=height,
                 steps=steps,
@@ -400,16 +418,44 @@ class SDContext:
             of_picture = replace(
                 parameters,
                 seed=seed + k,
-                prompt=" ".join([texts[one], *lora_tags(self._library, loras)]),
-                lora_hashes=self._lora_hashes(uses[one]),
+                prompt=" ".join([texts[one], *added_tags]),
+                lora_hashes=hashes[one],
             )
             pictures.append(PaintedImage.from_pixels(rgb, format_parameters(of_picture)))
         return pictures if batch_size > 1 or prompts is not None else pictures[0]
 
+    def _named(
+        self, prompts: Sequence[Prompt], uses: Sequence[Sequence[LoraUse]]
+    ) -> tuple[list[list[Span]], list[Words]]:
+        """The spans of prompts and the embeddings that they name, with those that their LoRAs bring along."""
+        paths = dict.fromkeys(use.path for of_prompt in uses for use in of_prompt)
+        bundled = [one for path in paths for one in self._embeddings.bundled(path)]
+        resolved = [resolve(one.spans, self._embeddings, bundled) for one in prompts]
+        return [spans for spans, _ in resolved], [words for _, words in resolved]
+
+    def _learn(self, words: Sequence[Words]) -> None:
+        """Makes the engine know these words. Those that have to fit raise, others are left out with a warning."""
+        asked = {one.name.lower(): one for of_prompt in words for one in of_prompt.asked}
+        met = {one.name.lower(): one for of_prompt in words for one in of_prompt.met if one.name.lower() not in asked}
+        wanted = [*asked.values(), *met.values()]
+        if wanted == self._learned:
+            return
+        family = self._native.info()["family"]
+        learned = [(one.name, one.for_family(family)) for one in asked.values()]
+        self._native.learn_words(learned)
+        for one in met.values():
+            try:
+                self._native.learn_words([*learned, (one.name, one.for_family(family))])
+                learned.append((one.name, one.for_family(family)))
+            except BadArgument as error:
+                log.warning("%s; the word is read as words are", error)
+        self._native.learn_words(learned)
+        self._learned = wanted
+
     def _lora_hashes(self, uses: Sequence[LoraUse]) -> str | None:
         """As webui writes them: "name: hash" of each, separated by commas."""
-        hashes = {self._library.name_of(use.path): files.model_hash(use.path) for use in uses}
-        return ", ".join(f"{name}: {digits}" for name, digits in hashes.items()) or None
+        hashes = {self._library.name_of(use.path): _hash_of_file(use.path) for use in uses}
+        return ", ".join(f"{name}: {digits}" for name, digits in hashes.items() if digits) or None
 
     def _origin(self) -> dict[str, Any]:
         """The fields of Parameters that tell of the model."""
@@ -420,10 +466,8 @@ class SDContext:
         for role, path in {"model": self._path, **self._components}.items():
             whole = path.resolve()
             fields[role] = whole.name if whole.is_dir() else whole.stem
-            try:
-                fields[f"{role}_hash"] = files.model_hash(whole)
-            except Io as error:  # the picture is worth more than the hash
-                log.warning("%s", error)
+            if files.state_of(whole) == self._as_opened[role]:  # else it is not what paints
+                fields[f"{role}_hash"] = _hash_of_file(whole)
         return fields
 
 
@@ -527,6 +571,14 @@ def _size(
 
 def _nearest(side: int, multiple: int) -> int:
     return max(1, round(side / multiple)) * multiple
+
+
+def _hash_of_file(path: Path) -> str | None:
+    try:
+        return files.model_hash(path)
+    except Io as error:  # the picture is worth more than the hash
+        log.warning("%s", error)
+        return None
 
 
 def _hash(array: NDArray[np.uint8] | None) -> str | None:

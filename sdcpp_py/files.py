@@ -56,7 +56,7 @@ def model_hash(path: Path) -> str | None:
     Raises:
         Io: The file cannot be read.
     """
-    file = path if not path.is_dir() else next(iter(sorted(path.glob("unet/*.safetensors"))), None)
+    file = _hashed_file(path)
     if file is None:
         return None
     try:
@@ -68,6 +68,19 @@ def model_hash(path: Path) -> str | None:
     except OSError as error:
         raise from_os_error(path, error) from error
     return str(known[key][2])[:HASH_DIGITS]
+
+
+def state_of(path: Path) -> list[int] | None:
+    """Size and time of change of the file that ``model_hash`` reads; None where there is none."""
+    file = _hashed_file(path)
+    try:
+        return None if file is None else _state(file)
+    except OSError:
+        return None
+
+
+def _hashed_file(path: Path) -> Path | None:
+    return path if not path.is_dir() else next(iter(sorted(path.glob("unet/*.safetensors"))), None)
 
 
 def models_with_hash(short: str) -> Iterator[Path]:

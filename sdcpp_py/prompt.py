@@ -263,7 +263,7 @@ def _lora_tag(tag: str, inside: str, warnings: list[str]) -> LoraTag:
 def _number(tag: str, text: str) -> float:
     number = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
     if not abs(number) <= MOST:
-        raise BadArgument(f"prompt: {text!r} in {shown(tag)} must be a number such as 0.8")
+        raise BadArgument(f"prompt: {text!r} in {shown(tag)} must be a number such as 0.8, from -{MOST:g} to {MOST:g}")
     return number
 
 

@@ -99,7 +99,7 @@ NETWORKS = [
     denoise("sd2-unet-deep-inpainting", SD2_V_DEEP, 8, 4, [333.0]),
     text("sd2-text", SD2, 2, n=1),
     text("sd2-text-deep-skip-3", SD2_V_DEEP, 3, n=1),
-    denoise("sdxl-unet", SDXL, 8, 6, [999.0, 17.25]),
+    denoise("sdxl-unet-batch", SDXL, 8, 6, [250.0, 17.25]),
     denoise("sdxl-unet-deep-inpainting", SDXL_DEEP, 8, 4, [250.0]),
     text("sdxl-text", SDXL, 2, n=2),
     text("sdxl-text-skip-1", SDXL, 1, n=1),

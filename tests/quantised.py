@@ -7,6 +7,7 @@ f16. Beside each file comes what its weights mean, in float32.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def write(path: Path, kind: str, native_context: object) -> tuple[Path, dict[str
     writer.write_tensors_to_file()
     writer.close()
     return path, {name: values for name, values in decoded.items() if name in lora_files.base()}
+
+
+def write_tensors(path: Path, kind: str, tensors: Mapping[str, np.ndarray]) -> Path:
+    """A single file of these tensors: networks in this type, the autoencoder and what no block fits in f16."""
+    writer = gguf.GGUFWriter(path, arch="sd")
+    for name, values in tensors.items():
+        fits = not name.startswith("first_stage_model.") and "text_projection" not in name and _fits(values, kind)
+        as_kind = "f32" if values.ndim < 2 else kind if fits else "f16"
+        stored, _ = _store(name, np.atleast_1d(values), as_kind)
+        writer.add_tensor(name, stored, raw_dtype=None if as_kind in ("f32", "f16") else _GGML[as_kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def _fits(values: np.ndarray, kind: str) -> bool:

@@ -1,6 +1,9 @@
-"""Measure a pipeline folder: autoencoder PSNR and how many prompts paint the named glyph.
+"""Measure a model: autoencoder PSNR and how many prompts paint the named glyph.
 
     python evaluate.py --model runs/unet/pipeline --font NotoColorEmoji.ttf [--sheet samples.png]
+    python evaluate.py --model ../emoji.gguf --font NotoColorEmoji.ttf
+
+A diffusers folder is painted by diffusers, a file by sdcpp_py.
 
 A prompt counts when, of all training glyphs, the named one has the least mean squared pixel
 difference to the painted picture (128 x 128, values 0..1). Prompts and seed are fixed.
@@ -8,6 +11,8 @@ difference to the painted picture (128 x 128, values 0..1). Prompts and seed are
 
 import argparse
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -36,6 +41,36 @@ def paint(pipe, prompts, steps, guidance, batch=20):
             ).images
         )
     return np.concatenate(pictures)
+
+
+class Engine:
+    """A model file painted by sdcpp_py, in the form of a diffusers pipeline and of its autoencoder."""
+
+    def __init__(self, path):
+        from sdcpp_py import SDContext, _native
+
+        self.context, self.native = SDContext(path), _native
+        self.vae = self
+
+    def __call__(self, prompts, height, width, num_inference_steps, guidance_scale, generator, output_type):
+        pictures = [
+            self.context.generate(
+                prompt, width=width, height=height, steps=num_inference_steps, cfg_scale=guidance_scale,
+                sampler="ddim", scheduler="ddim_uniform", seed=noise.initial_seed(),
+            )
+            for prompt, noise in zip(prompts, generator, strict=True)
+        ]  # fmt: skip
+        return SimpleNamespace(images=np.stack([np.asarray(picture, np.float32) / 255 for picture in pictures]))
+
+    def run(self, network, **inputs):
+        return torch.from_numpy(self.native.probe_run(self.context._native, network, **inputs))
+
+    def encode(self, pictures):
+        moments = self.run("vae_encode", image=pictures.numpy())
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=moments[:, : moments.shape[1] // 2]))
+
+    def decode(self, latent):
+        return SimpleNamespace(sample=self.run("vae_decode", latent=latent.numpy()))
 
 
 def nearest(painted, pictures):
@@ -77,11 +112,14 @@ def main():
     args = parser.parse_args()
     glyphs = load_glyphs()
     pictures = on_colour(render_all(glyphs, args.font))
-    pipe = StableDiffusionPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
     bytes_ = torch.from_numpy((pictures * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-    print(f"autoencoder: {psnr(pipe.vae, bytes_):.2f} dB")
     prompts = json.loads((HERE / "eval_prompts.json").read_text())[: args.first]
+    if Path(args.model).is_file():
+        pipe = Engine(args.model)
+    else:
+        pipe = StableDiffusionPipeline.from_pretrained(args.model)
+        pipe.set_progress_bar_config(disable=True)
+    print(f"autoencoder: {psnr(pipe.vae, bytes_):.2f} dB")
     right, sheet = score(pipe, prompts, glyphs, pictures, args.steps, args.guidance)
     print(f"named glyph is nearest in {right} of {len(prompts)}")
     if args.sheet:

@@ -52,6 +52,45 @@ std::string fingerprint(const Context & context) {
     return hex;
 }
 
+void collect_importance(const Context & context, bool on) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    check(released([&] { return sd_collect_importance(ctx.get(), on); }));
+}
+
+// By the name of a matrix: the sums of squares of its columns, and over how many rows.
+py::dict importance(const Context & context) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    py::dict out;
+    sd_importance of;
+    for (int i = 0; sd_get_importance(ctx.get(), i, &of); i++) {
+        out[text(of.name)] =
+            py::make_tuple(py::array_t<double>(static_cast<py::ssize_t>(of.columns), of.sums), of.rows);
+    }
+    return out;
+}
+
+// Each word comes as its name and an array (vectors, width) for each text encoder.
+void learn_words(const Context & context, const std::vector<std::pair<std::string, std::vector<Floats>>> & words) {
+    std::vector<sd_learned_word> wanted;
+    for (const auto & [name, tables] : words) {
+        sd_learned_word word{c_text(name, "name"), 0, {nullptr, nullptr}, {0, 0}};
+        if (tables.empty() || tables.size() > 2) {
+            raise(SD_BAD_ARGUMENT, py::str("embedding {!r}: is for {} text encoders").format(name, tables.size()));
+        }
+        for (size_t i = 0; i < tables.size(); i++) {
+            if (tables[i].ndim() != 2 || tables[i].shape(0) != tables[0].shape(0)) {
+                raise(SD_BAD_ARGUMENT, py::str("embedding {!r}: expected arrays (vectors, width)").format(name));
+            }
+            word.vectors = static_cast<int>(tables[i].shape(0));
+            word.width[i] = static_cast<int>(tables[i].shape(1));
+            word.data[i] = tables[i].data();
+        }
+        wanted.push_back(word);
+    }
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    check(released([&] { return sd_learn_words(ctx.get(), wanted.data(), static_cast<int>(wanted.size())); }));
+}
+
 int count_tokens(const Context & context, const std::string & words) {
     int count = 0;
     check(sd_count_tokens(context.handle().get(), c_text(words, "text"), &count));
@@ -116,7 +155,10 @@ ContextClass bind_context(py::module_ & m) {
         .def("info", info)
         .def("defaults", defaults)
         .def("fingerprint", fingerprint)
-        .def("count_tokens", count_tokens, "text"_a);
+        .def("count_tokens", count_tokens, "text"_a)
+        .def("learn_words", learn_words, "words"_a)
+        .def("collect_importance", collect_importance, "on"_a)
+        .def("importance", importance);
 }
 
 } // namespace binding

@@ -62,6 +62,14 @@ Floats probe_latent(const Context & context) {
     return result.array();
 }
 
+Floats probe_text(const Context & context, const std::string & words) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    const char * utf8 = c_text(words, "text");
+    Result result;
+    check(sd_probe_text(ctx.get(), utf8, Result::receive, &result));
+    return result.array();
+}
+
 // numpy's order, without the leading ones that C fills up with.
 py::list probe_weights(const Context & context) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
@@ -188,6 +196,7 @@ py::list probe_checkpoint(const std::string & path, bool data) {
 void bind_probe(py::module_ & m) {
     m.def("probe_run", probe_run, "context"_a, "network"_a);
     m.def("probe_latent", probe_latent, "context"_a);
+    m.def("probe_text", probe_text, "context"_a, "text"_a);
     m.def("probe_weights", probe_weights, "context"_a);
     m.def("probe_profile", probe_profile, "context"_a, "on"_a);
     m.def("probe_operations", probe_operations, "context"_a);

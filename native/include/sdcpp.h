@@ -289,7 +289,34 @@ SD_API sd_status sd_lora_drift(sd_ctx * ctx, double * drift);
 // (width / latent_cell by height / latent_cell), into `rgb`.
 SD_API sd_status sd_preview(sd_ctx * ctx, int image, uint8_t * rgb);
 
-// Counts the tokens of a text as the model's tokenizer splits it (without begin and end).
+// Of what a matrix was multiplied with: the sum of squares of each column, over so many rows. What sd_convert_rows()
+// takes as importance is their quotient.
+typedef struct sd_importance {
+    const char *   name; // of the matrix, as single files spell it
+    int64_t        columns, rows;
+    const double * sums; // [columns]
+} sd_importance;
+
+// Starts collecting it from all that is painted, or stops and forgets. Pictures take longer meanwhile.
+SD_API sd_status sd_collect_importance(sd_ctx * ctx, bool on);
+
+// Fills `importance` and returns true, or returns false past the end. What it points to lives until the next call
+// with this context.
+SD_API bool sd_get_importance(const sd_ctx * ctx, int index, sd_importance * importance);
+
+// A word that stands for vectors of its own: a textual inversion.
+typedef struct sd_learned_word {
+    const char *  name;       // prompts name it by this, in letters of any case
+    int           vectors;    // 1 to 75
+    const float * data[2];    // [vectors, width] for each text encoder of the model (SDXL: CLIP-L, OpenCLIP), then NULL
+    int           width[2];
+} sd_learned_word;
+
+// Makes exactly these words stand for vectors in the prompts that follow. Nothing changes where one does not fit.
+SD_API sd_status sd_learn_words(sd_ctx * ctx, const sd_learned_word * words, int n_words);
+
+// Counts the tokens of a text as the model's tokenizer splits it (without begin and end); a learned word
+// counts as many as it has vectors.
 SD_API sd_status sd_count_tokens(sd_ctx * ctx, const char * text, int * count);
 
 #ifdef __cplusplus

@@ -50,6 +50,9 @@ SD_API sd_status sd_probe_profile(sd_ctx * ctx, bool on);
 // Fills `cost` and returns true, or returns false past the end. Strings live until the next picture.
 SD_API bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost);
 
+// What the denoiser is told of a text, with the words that the context has learned: [width, tokens].
+SD_API sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user);
+
 typedef struct sd_weight_info {
     const char * name;           // as single files spell it
     const char * diffusers_name; // as diffusers folders spell it

@@ -484,6 +484,40 @@ sd_status sd_preview(sd_ctx * ctx, int image, uint8_t * rgb) {
     });
 }
 
+sd_status sd_collect_importance(sd_ctx * ctx, bool on) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        ctx->context.set_observing(on);
+    });
+}
+
+bool sd_get_importance(const sd_ctx * ctx, int index, sd_importance * importance) {
+    if (!ctx || !importance || index < 0 || static_cast<size_t>(index) >= ctx->context.importance().size()) {
+        return false;
+    }
+    const auto & [name, of] = *std::next(ctx->context.importance().begin(), index);
+    *importance = {name.c_str(), static_cast<int64_t>(of.sums.size()), of.rows, of.sums.data()};
+    return true;
+}
+
+sd_status sd_learn_words(sd_ctx * ctx, const sd_learned_word * words, int n_words) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        std::vector<sd::LearnedText> texts;
+        for (int i = 0; i < n_words; ++i) {
+            need(words, "the list of words");
+            sd::LearnedText & text = texts.emplace_back();
+            text.name = or_empty(words[i].name);
+            for (int k = 0; k < 2 && words[i].data[k]; ++k) {
+                const sd_tensor vectors{words[i].name, {words[i].width[k], words[i].vectors, 1, 1},
+                                        const_cast<float *>(words[i].data[k])};
+                text.vectors.push_back(to_tensor(vectors));
+            }
+        }
+        ctx->context.learn(texts);
+    });
+}
+
 sd_status sd_count_tokens(sd_ctx * ctx, const char * text, int * count) {
     return guarded([&] {
         need(ctx, "ctx");
@@ -530,6 +564,14 @@ bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost)
     const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
     *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
     return true;
+}
+
+sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(text, "text");
+        give(ctx->context.encode_text(text), receive, user);
+    });
 }
 
 bool sd_probe_weight(const sd_ctx * ctx, int index, sd_weight_info * info) {

@@ -81,7 +81,8 @@ int nearest_multiple(int value, int multiple) {
 // As people write it: "SDXL".
 std::string written(const Family & family) {
     std::string name = family.name;
-    std::transform(name.begin(), name.end(), name.begin(), [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    std::transform(name.begin(), name.end(), name.begin(),
+                   [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
     return name;
 }
 
@@ -96,7 +97,8 @@ Context::Context(const OpenParams & params)
       family_(&recognise(weights_.checkpoint())),
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
       lora_names_(weights_),
-      loras_(weights_, device_, [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
+      loras_(weights_, device_,
+             [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
     weights_.load(device_);
     if (log_) {
@@ -415,6 +417,18 @@ std::string Context::fingerprint() {
 
 int Context::count_tokens(const std::string & text) const { return pipeline_->count_tokens(text); }
 
+void Context::learn(const std::vector<LearnedText> & words) {
+    const Claim claim(*this, {});
+    pipeline_->learn(words);
+    encoded_.clear();
+}
+
+Tensor Context::encode_text(const std::string & text) {
+    const Claim  claim(*this, {});
+    const Prompt prompt{{text, 1.0f, false}};
+    return pipeline_->encode(runner_, prompt, pipeline_->defaults().clip_skip, pipeline_->count_chunks(prompt)).tokens.at("text");
+}
+
 void Context::apply_loras(const LoraState & wanted) {
     const Claim claim(*this, {});
     loras_.apply(wanted);
@@ -438,6 +452,25 @@ LoraReport Context::inspect_lora(const std::string & path) {
 void Context::set_profiling(bool on) {
     profile_.clear();
     runner_.set_profile(on ? &profile_ : nullptr);
+}
+
+void Context::set_observing(bool on) {
+    const Claim claim(*this, {});
+    importance_.clear();
+    encoded_.clear(); // text has to be encoded again to be seen
+    if (!on) {
+        runner_.set_observer({});
+        return;
+    }
+    runner_.set_observer([this](const Weight & matrix, const Tensor & x) {
+        Importance & of = importance_[matrix.name];
+        const size_t columns = static_cast<size_t>(x.ne[0]);
+        of.sums.resize(columns);
+        for (size_t i = 0; i < x.data.size(); ++i) {
+            of.sums[i % columns] += static_cast<double>(x.data[i]) * static_cast<double>(x.data[i]);
+        }
+        of.rows += static_cast<int64_t>(x.data.size() / columns);
+    });
 }
 
 Tensor Context::probe(const std::string & network, const std::map<std::string, Tensor> & given) {

@@ -63,6 +63,8 @@ class Context {
 
     std::string fingerprint();
     int         count_tokens(const std::string & text) const;
+    void        learn(const std::vector<LearnedText> & words); // exactly these, see Pipeline::learn
+    Tensor      encode_text(const std::string & text);         // [width, tokens], for tests
 
     // What generate() does first, with what its prompts name; see LoraEngine.
     void        apply_loras(const LoraState & wanted);
@@ -78,6 +80,14 @@ class Context {
     // Where the time of the pictures that follow goes; begins anew.
     void            set_profiling(bool on);
     const Profile & profile() const { return profile_; }
+
+    // Of what each matrix was multiplied with since set_observing(true): the sum of squares of each column.
+    struct Importance {
+        std::vector<double> sums;
+        int64_t             rows = 0;
+    };
+    void                                      set_observing(bool on);
+    const std::map<std::string, Importance> & importance() const { return importance_; }
 
     // Runs one network alone; see sdcpp_probe.h.
     Tensor probe(const std::string & network, const std::map<std::string, Tensor> & inputs);
@@ -118,6 +128,7 @@ class Context {
     std::list<Encoded> encoded_; // the newest first
 
     Profile                    profile_;
+    std::map<std::string, Importance> importance_; // by the names of matrices
     Tensor                     last_latent_;
     const std::vector<float> * estimate_ = nullptr; // of the clean latent, while on_step runs
     Shape                      estimate_ne_{};

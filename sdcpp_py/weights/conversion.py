@@ -118,11 +118,12 @@ def _bare(name: str, prefixes: Sequence[str]) -> str:
 
 def _texts(source: Source, target: Path) -> dict[str, str]:
     """Metadata to write as texts: of a GGUF file that becomes one again, all values are copied as they are."""
-    return {} if _stays_gguf(source, target) else source.metadata
+    texts = {} if _stays_gguf(source, target) else source.metadata
+    return {key: value for key, value in texts.items() if not key.startswith(gguf_file.OWN_KEYS)}
 
 
 def _values(source: Source, target: Path) -> dict[str, gguf_file.Value]:
-    return gguf_file.read_values(source.path) if _stays_gguf(source, target) else {}
+    return gguf_file.read_values(source.files[0]) if _stays_gguf(source, target) else {}
 
 
 def _stays_gguf(source: Source, target: Path) -> bool:

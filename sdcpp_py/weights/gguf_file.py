@@ -25,6 +25,7 @@ FILE_TYPES: Final = {
 
 # Values that the writer decides itself.
 OWN_KEYS: Final = ("general.alignment", "general.file_type", "general.quantization_version", "split.")
+_NO_VALUES: Final = ("", "format")  # the latter tells readers of safetensors that torch can load them
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,8 @@ def _skip(file: IO[bytes], type: int) -> None:
 
 def values_of(metadata: Mapping[str, Any]) -> dict[str, Value]:
     """Texts as values, but for those that a writer decides."""
-    return {key: text(str(value)) for key, value in metadata.items() if key and not key.startswith(OWN_KEYS)}
+    return {
+        key: text(str(value))
+        for key, value in metadata.items()
+        if key not in _NO_VALUES and not key.startswith(OWN_KEYS)
+    }

@@ -4,11 +4,17 @@ Files are GGUF as llama.cpp writes them (tools/imatrix): for each matrix NAME a 
 squares, (1, columns), and one "NAME.counts" with how many vectors they are of.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BadFile
+from .gguf_file import Value, text, u32
 from .source import AnyPath, open_source
-from .tensor import Floats
+from .tensor import Floats, from_array
+from .writing import plan, write
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -39,3 +45,23 @@ def read_imatrix(path: AnyPath) -> dict[str, Floats]:
     if not out:
         raise BadFile(f"{path}: has no tensors that end in {SUMS!r}; is it an importance matrix?")
     return out
+
+
+def write_imatrix(path: AnyPath, sums: Mapping[str, tuple[NDArray[Any], int]], pictures: int) -> None:
+    """Writes a file that ``read_imatrix`` and llama.cpp read.
+
+    Args:
+        path: The file: .gguf.
+        sums: By the name of a matrix: the sums of squares of its columns, and over how many vectors.
+        pictures: That they are of.
+
+    Raises:
+        BadArgument: There are none, or another ending.
+        Io: It cannot be written.
+    """
+    tensors = []
+    for name, (squares, count) in sorted(sums.items()):
+        tensors.append(from_array(name + SUMS, squares.reshape(1, -1)))
+        tensors.append(from_array(name + COUNTS, np.full((1, 1), count)))
+    values: dict[str, Value] = {"general.type": text("imatrix"), "imatrix.chunk_count": u32(pictures)}
+    write(plan(tensors, path, values=values))

@@ -69,7 +69,8 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
             raise BadFile(f"{source.path}: has no {weight['diffusers_name']}, which {name} is made of")
         used.add(found.name)
         rows = shape[0] if len(shape) == 1 else math.prod(shape[:-1])
-        if weight["rows"] in (rows, math.prod(shape[:-1])) or found.name == name:
+        is_whole = weight["rows"] in (rows, math.prod(shape[:-1])) and not weight["swap_halves"]
+        if is_whole or found.name == name:
             tensors.append(_renamed(found, name))
             continue
         joined = fused.setdefault(name, [])

@@ -106,8 +106,14 @@ class Rules:
         """The type of each of them.
 
         Raises:
-            BadArgument: A given rule asks for a type that a row does not fit, or matches no tensor.
+            BadArgument: A given rule asks for a type that a row does not fit, or matches no tensor; or the importance
+                is of none of them.
         """
+        if self._importance and not any(tensor.name in self._importance for tensor in tensors):
+            name = next(iter(self._importance))
+            raise BadArgument(
+                f"importance matrix: the model has no {name}, nor any other that it is of; is it of another?"
+            )
         planned = [self._plan(tensor) for tensor in tensors]
         for pattern, type in self._given:
             if pattern.pattern not in self._used:
@@ -117,7 +123,8 @@ class Rules:
 
     def _plan(self, tensor: Tensor) -> Planned:
         for pattern, type in self._given:
-            if not pattern.search(tensor.name) or (type.is_quantised and not _is_matrix(tensor)):
+            fits = tensor.kept_type.is_float and (_is_matrix(tensor) or not type.is_quantised)
+            if not fits or not pattern.search(tensor.name):
                 continue
             self._used.add(pattern.pattern)
             if tensor.row_length % type.block:

@@ -51,8 +51,13 @@ def is_torch_file(path: Path) -> bool:
     return begin.startswith(b"PK\x03\x04") or _is_pickle(begin) or _is_tar(begin)
 
 
+def _is_safetensors(begin: bytes) -> bool:
+    """A header of 640 bytes, for one, begins as a pickle does."""
+    return begin[8:9] == b"{"
+
+
 def _is_pickle(begin: bytes) -> bool:
-    return len(begin) > 1 and begin[0] == 0x80 and begin[1] <= 5
+    return len(begin) > 1 and begin[0] == 0x80 and begin[1] <= 5 and not _is_safetensors(begin)
 
 
 def _is_tar(begin: bytes) -> bool:

@@ -13,6 +13,7 @@ multiplies matrices that fit its cache, measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics

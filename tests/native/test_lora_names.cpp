@@ -136,7 +136,10 @@ TEST_CASE("cases 37 to 39: prefixes of text encoders by what follows them") {
     CHECK(meaning(sdxl, "lora_te1_text_model_encoder_layers_11_mlp_fc2") ==
           "conditioner.embedders.0.transformer.text_model.encoder.layers.11.mlp.fc2.weight");
     CHECK(meaning(sdxl, "text_model.encoder.layers.0.mlp.fc1") == ""); // either of two
-    CHECK(meaning(sdxl, "lora_te2_text_projection") == "");            // transposed there
+    const std::string projection = "conditioner.embedders.1.model.text_projection";
+    CHECK(meaning(sdxl, "lora_te2_text_projection") == projection);     // resident as HF has it
+    CHECK(meaning(sdxl, "text_encoder_2.text_projection") == projection);
+    CHECK(meaning(sdxl, projection) == "");                             // transposed there
     CHECK(meaning(two, "lora_te_text_model_encoder_layers_22_self_attn_q_proj") ==
           "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight[0:1024]");
     CHECK(meaning(three, "text_encoders.clip_g.transformer.text_model.encoder.layers.3.self_attn.v_proj") ==

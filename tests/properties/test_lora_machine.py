@@ -1,7 +1,8 @@
 """Whatever was asked for before: the weights and the picture are those of a fresh context with the last prompt only.
 
 Sequences of prompts, of apply_loras and reset_loras, of refused and cancelled runs, over every weight type in both
-exact modes. The hypothesis profile "ci" (pytest --hypothesis-profile=ci) runs more than 300 of them, any other a few.
+exact modes, and over every family. The hypothesis profile "ci" (pytest --hypothesis-profile=ci) runs more than 300 of
+them, any other a few.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 import quantised
 import reference_lora
-from cases import SD1
+import tiny
+import tiny_sdxl
+from cases import SD1, SD2, SDXL
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -28,6 +31,9 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 IN_CI = settings.get_current_profile_name() == "ci"
 TYPES = quantised.TYPES if IN_CI else ("f16", "q8_0", "q4_K")
+FAMILIES: dict[str, tiny.TinySD1] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
+OTHERS = [("sd2", "q8_0"), ("sd2", "f16"), ("sdxl", "f16"), ("sdxl", "q8_0")]
+MODELS = [("sd1", kind) for kind in TYPES] + (OTHERS if IN_CI else OTHERS[::3])
 SEQUENCES = 22 if IN_CI else 2  # of each type and mode
 
 NAMES = ("pairs", "mixed", "sub/text")
@@ -35,21 +41,29 @@ NAMES = ("pairs", "mixed", "sub/text")
 states = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([0.5, 1.0, -0.3, 0.0]), max_size=3)
 
 
-def write_loras(folder: Path) -> Path:
-    """Low-rank pairs everywhere; kinds that depend on W, and norms; a text encoder alone."""
-    pairs = lora_files.random_update(lora_files.modules("linear conv", "unet")[::2], seed=1)
-    some = lora_files.modules("linear", "unet")
+def write_loras(folder: Path, model: tiny.TinySD1) -> Path:
+    """Low-rank pairs everywhere; kinds that depend on W, and norms; the text encoders alone."""
+    encoders = " ".join(part for part in tiny.component_shapes(model) if part.startswith("text_encoder"))
+
+    def modules(kinds: str, parts: str = "unet") -> list[str]:
+        return lora_files.modules(kinds, parts, model)
+
+    def update(paths: list[str], make: reference_lora.Makes, seed: int) -> lora_files.Update:
+        return lora_files.random_update(paths, make, seed, model)
+
+    pairs = update(modules("linear conv")[::2], reference_lora.lora, seed=1)
+    some = modules("linear")
     mixed = {
-        **lora_files.random_update(some[0::4], reference_lora.dora(reference_lora.lora, False), seed=2),
-        **lora_files.random_update(some[1::4], reference_lora.loha, seed=3),
-        **lora_files.random_update(some[2::4], reference_lora.ia3_of(False), seed=4),
-        **lora_files.random_update(lora_files.modules("norm")[::3], reference_lora.norms, seed=5),
-        **lora_files.random_update(lora_files.modules("conv", "unet")[1::3], reference_lora.lokr("w2", 4, 4), seed=6),
+        **update(some[0::4], reference_lora.dora(reference_lora.lora, False), seed=2),
+        **update(some[1::4], reference_lora.loha, seed=3),
+        **update(some[2::4], reference_lora.ia3_of(False), seed=4),
+        **update(modules("norm", f"unet {encoders}")[::3], reference_lora.norms, seed=5),
+        **update(modules("conv")[1::3], reference_lora.lokr("w2", 4, 4), seed=6),
     }
     mixed = {path: factors for path, factors in mixed.items() if not path.endswith(("conv_in", "conv_out"))}
-    text = lora_files.random_update(lora_files.modules("linear", "text_encoder"), seed=7)
-    for name, update in zip(NAMES, (pairs, mixed, text), strict=True):
-        lora_files.save(folder / f"{name}.safetensors", lora_files.tensors_of(update))
+    text = update(modules("linear", encoders), reference_lora.lora, seed=7)
+    for name, made in zip(NAMES, (pairs, mixed, text), strict=True):
+        lora_files.save(folder / f"{name}.safetensors", lora_files.tensors_of(made, lora_files.numbered))
     (folder / "bad.safetensors").write_bytes(b"no file at all")
     return folder
 
@@ -154,25 +168,37 @@ class LoraMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_loras(tmp_path_factory.mktemp("loras"))
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("loras")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        return path if path.exists() else write_loras(path, FAMILIES[family])
+
+    return folder
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, native: Callable[..., Any]) -> Callable[[str], Path]:
+def models(tmp_path_factory: pytest.TempPathFactory, native: Callable[..., Any]) -> Callable[[str, str], Path]:
     folder = tmp_path_factory.mktemp("types")
 
-    def model(kind: str) -> Path:
-        path = folder / f"{kind}.gguf"
-        return path if path.exists() else quantised.write(path, kind, native(SD1))[0]
+    def model(family: str, kind: str) -> Path:
+        path = folder / f"{family}-{kind}.gguf"
+        if path.exists():
+            return path
+        if family == "sd1":
+            return quantised.write(path, kind, native(SD1))[0]
+        return quantised.write_tensors(path, kind, tiny_sdxl.single_tensors(FAMILIES[family]))
 
     return model
 
 
-@pytest.fixture(params=[(kind, mode) for kind in TYPES for mode in ("runtime", "restore")], ids="-".join)
-def world(request: pytest.FixtureRequest, models: Callable[[str], Path], loras: Path) -> Iterator[World]:
-    kind, mode = request.param
-    made = World(models(kind), loras, mode)
+@pytest.fixture(params=[(*model, mode) for model in MODELS for mode in ("runtime", "restore")], ids="-".join)
+def world(
+    request: pytest.FixtureRequest, models: Callable[[str, str], Path], loras: Callable[[str], Path]
+) -> Iterator[World]:
+    family, kind, mode = request.param
+    made = World(models(family, kind), loras(family), mode)
     yield made
     made.context.close()
 

@@ -422,3 +422,55 @@ def test_log_lines_come_to_the_context_that_asked(sd: Sd, model: Path) -> None:
     assert sd.c.sd_open(params, ctx) == sd.c.SD_OK
     sd.c.sd_close(ctx[0])
     assert any("sd1" in line and line.startswith("1 ") and line.endswith(" mine") for line in lines)
+
+
+# ---- weights in files ----------------------------------------------------------------------------------
+
+
+def test_types_and_rows(sd: Sd) -> None:
+    type = sd.ffi.new("sd_type *")
+    names = []
+    while sd.c.sd_get_type(len(names), type):
+        names.append(sd.ffi.string(type.name).decode())
+    assert {"f32", "q8_0", "iq2_xs"} <= set(names)
+    values = np.linspace(-1, 1, 64, dtype=np.float32)
+    out = np.zeros(68, np.uint8)
+    numbers, bytes_ = sd.ffi.from_buffer(values), sd.ffi.from_buffer(out)
+    assert sd.c.sd_convert_rows(b"f32", numbers, b"q8_0", bytes_, 2, 32, sd.ffi.NULL) == sd.c.SD_OK
+    np.testing.assert_array_equal(out, _native.convert_rows("f32", values, "q8_0", 2, 32))
+    assert sd.c.sd_convert_rows(b"f32", numbers, b"q8_0", bytes_, 2, 31, sd.ffi.NULL) == sd.c.SD_BAD_ARGUMENT
+    assert "rows of 31 are no whole blocks of q8_0" in sd.error()
+    assert sd.c.sd_convert_rows(b"f32", numbers, b"q9", bytes_, 2, 32, sd.ffi.NULL) == sd.c.SD_BAD_ARGUMENT
+    assert sd.c.sd_convert_rows(sd.ffi.NULL, numbers, b"q8_0", bytes_, 2, 32, sd.ffi.NULL) == sd.c.SD_BAD_ARGUMENT
+
+
+def test_tensors_are_listed_until_the_caller_stops(sd: Sd, model: Path) -> None:
+    names: list[str] = []
+
+    @sd.ffi.callback("sd_on_stored")
+    def on_tensor(tensor: Any, user: Any) -> bool:
+        names.append(sd.ffi.string(tensor.name).decode())
+        return len(names) < 3
+
+    path = os.fsencode(model)
+    null = sd.ffi.NULL
+    assert sd.c.sd_list_tensors(path, null, 0, on_tensor, null, null) == sd.c.SD_CANCELLED
+    assert len(names) == 3
+    assert sd.c.sd_list_tensors(path, null, 0, null, null, null) == sd.c.SD_OK
+
+
+def test_words_are_learned_and_counted(sd: Sd, ctx: Any) -> None:
+    vectors = np.ones((3, 64), np.float32)
+    name = sd.ffi.new("char[]", b"zorglub")
+    word = sd.ffi.new("sd_learned_word *")
+    word.name, word.vectors = name, 3
+    word.data[0] = sd.ffi.cast("float *", sd.ffi.from_buffer(vectors))
+    word.width[0] = 64
+    count = sd.ffi.new("int *")
+    assert sd.c.sd_learn_words(ctx, word, 1) == sd.c.SD_OK
+    assert sd.c.sd_count_tokens(ctx, b"a zorglub", count) == sd.c.SD_OK
+    assert count[0] == 4
+    word.width[0] = 32
+    assert sd.c.sd_learn_words(ctx, word, 1) == sd.c.SD_BAD_ARGUMENT
+    assert "embedding 'zorglub': its vectors have 32 numbers" in sd.error()
+    assert sd.c.sd_learn_words(ctx, sd.ffi.NULL, 0) == sd.c.SD_OK

@@ -1,12 +1,14 @@
 """LoRAs in the engine: every kind against weights that hold the same change, every spelling, every mode, bad files.
 
-Numbers in names (test_case_07_...) are those of the cases in the catalogue of LoRA files, section 9.
+Numbers in names (test_case_07_...) are those of docs/lora_cases.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -519,7 +521,7 @@ def test_case_42_a_lora_of_another_family(
         tensors[f"{lora_files.kohya(path)}.lora_up.weight"] = np.ones((10 * out, 4), np.float32)
     file = write(tensors)
     for mode in MODES:
-        with pytest.raises(BadFile, match=r"made for .*, but the model is"):
+        with pytest.raises(BadFile, match=r"made for SD(2|XL), but the model is SD1 \(.*takes \d+ inputs here"):
             contexts[mode].generate("a cat", loras=[(file, 1.0)], **RUN)
         assert contexts[mode].fingerprint() == plain["fingerprint"]
         assert_same(latent(contexts[mode]), plain["latent"])
@@ -947,6 +949,14 @@ def test_base_copy_ram_paints_on_without_the_file(
     assert run(vanishes=True) == want
 
 
+def test_a_picture_has_no_hash_of_a_file_that_did_not_paint_it(folder: Path, tmp_path: Path, native: Any) -> None:
+    path = tiny.write_single(folder, tmp_path / "model.safetensors", native(SD1))
+    with SDContext(path, threads=1, base_copy="ram") as context:
+        assert "Model hash: " in context.generate("a cat", **RUN).info["parameters"]
+        replaced(path)
+        assert "Model hash: " not in context.generate("a cat", **RUN).info["parameters"]
+
+
 @pytest.mark.parametrize("loss", ["cut", "written-over"])
 @pytest.mark.parametrize("mode", [*MODES, "diff"])
 def test_a_mapped_model_that_changes_is_noticed(
@@ -1164,6 +1174,88 @@ def test_a_file_that_vanishes_or_shrinks(
         assert_same(latent(contexts[mode]), plain["latent"])
         file.write_bytes(whole)
         assert_same(latent(contexts[mode], loras=[(file, 1.0)]), first)
+
+
+@pytest.mark.parametrize("loss", ["deleted", "cut", "replaced"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_that_is_lost_while_it_paints(
+    loss: str, mode: str, contexts: dict[str, SDContext], write: Callable[..., Path], plain: dict[str, Any]
+) -> None:
+    """The picture under way is finished, with its hash; the next one that names the file is refused."""
+    context, file = contexts[mode], write(random_update(lora_files.attention()))
+    want = latent(context, loras=[(file, 1.0)])
+
+    def lose(*_: Any) -> None:
+        if file.exists():
+            LOSSES[loss](file)
+
+    image = context.generate("a cat", loras=[(file, 1.0)], on_step=lose, **RUN)
+    assert_same(_native.probe_latent(context._native), want)
+    assert f'Lora hashes: "{file.stem}: ' in image.info["parameters"]
+    with pytest.raises(SdcppError, match=file.stem):
+        latent(context, loras=[(file, 1.0)])
+    assert_same(latent(context), plain["latent"])
+
+
+NO_ROOM = """
+import resource, sys
+from sdcpp_py import OutOfMemory, SDContext, _native
+model, small, large, mode, room = sys.argv[1:]
+with SDContext(model, threads=1, lora_mode=mode) as context:
+    def latent(file):
+        context.generate("a cat", loras=[(file, 1.0)], seed=3, steps=1, width=32, height=32, cfg_scale=1.0)
+        return _native.probe_latent(context._native).tobytes()
+    before, state, fingerprint = latent(small), context.lora_state, context.fingerprint()
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (int(room) << 20), -1))
+    try:
+        latent(large)
+    except OutOfMemory as error:
+        assert "large.safetensors" in str(error), error
+    else:
+        raise AssertionError("there was room")
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert (context.lora_state, context.fingerprint()) == (state, fingerprint)
+    assert latent(small) == before
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory as only Linux can")
+@pytest.mark.parametrize("room", [8, 40])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callable[..., Path]) -> None:
+    """Neither for its file, nor for its 64 MB of factors: an error that names it, and all goes on as before."""
+    small = write(random_update([TO_Q]))
+    paths = lora_files.attention("unet")
+    wide = random_update(paths, lambda rng, w: reference_lora.lora(rng, w, rank=4000))
+    large = write({f"{k}": v.astype(np.float16) for k, v in tensors_of(wide).items()}, name="large.safetensors")
+    assert large.stat().st_size > 10 << 20
+    arguments = [str(argument) for argument in (folder, small, large, mode, room)]
+    done = subprocess.run([sys.executable, "-c", NO_ROOM, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_lora_of_flux_by_diffusers_names(contexts: dict[str, SDContext], write: Callable[..., Path]) -> None:
+    """SD 3 and FLUX call their blocks alike; their widths differ."""
+    for width, model in ((3072, "FLUX"), (1536, "SD3")):
+        stem = "transformer.transformer_blocks.0.attn.to_q"
+        pair = {f"{stem}.lora_A.weight": np.ones((4, width)), f"{stem}.lora_B.weight": np.ones((width, 4))}
+        with pytest.raises(BadFile, match=f"made for {model}, but the model is SD1"):
+            contexts["runtime"].apply_loras({write({k: v.astype(np.float16) for k, v in pair.items()}): 1.0})
+
+
+def test_what_does_not_act_is_told_once(
+    contexts: dict[str, SDContext], write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A LoRA of which a part is left out paints, but not in silence."""
+    file = write(
+        with_pair(tensors_of(random_update([TO_Q])), np.ones((4, 33), np.float32), np.ones((32, 4), np.float32))
+    )
+    for multiplier in (1.0, 0.5):
+        contexts["runtime"].apply_loras({file: multiplier})
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert file.name in message
+    assert f"1 modules act, 1 modules or keys fit nothing in this model, first {STEM}" in message
 
 
 @pytest.mark.parametrize("multiplier", [float("nan"), float("inf"), 1e39, "1", None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -153,18 +154,27 @@ def test_case_38_the_projections_of_a_weight_change_by_themselves(
         assert_same_answers(model.answers(mode, {file: 1.0}), model_with(model, (update, 1.0)))
 
 
-SPELLINGS: dict[str, Callable[[tiny.TinySD1], Callable[[str], str]]] = {
-    "hf": lambda model: lora_files.numbered,
-    "sgm": lambda model: lambda path: (
-        lora_files.numbered(path) if path.startswith("text") else f"lora_unet_{lora_files.flat(lora_files.original(path, model))}"
-    ),
-    "diffusers": lambda model: lambda path: path,
-    "comfy": lambda model: lambda path: {
-        "text_encoder": "text_encoders.clip_l.transformer.",
-        "text_encoder_2": "text_encoders.clip_g.transformer.",
-        "unet": "diffusion_model.",
-    }[path.partition(".")[0]] + lora_files.original(path, model),
-    "lycoris-unet": lambda model: lambda path: f"lycoris_{lora_files.flat(path.partition('.')[2])}",
+def sgm(model: tiny.TinySD1, path: str) -> str:
+    """kohya's for SDXL: the UNet's original names."""
+    is_text = path.startswith("text")
+    return lora_files.numbered(path) if is_text else f"lora_unet_{lora_files.flat(lora_files.original(path, model))}"
+
+
+def comfy(model: tiny.TinySD1, path: str) -> str:
+    component, _, _ = path.partition(".")
+    prefixes = {
+        "text_encoder": "text_encoders.clip_l.transformer",
+        "text_encoder_2": "text_encoders.clip_g.transformer",
+    }
+    return f"{prefixes.get(component, 'diffusion_model')}.{lora_files.original(path, model)}"
+
+
+SPELLINGS: dict[str, Callable[[tiny.TinySD1, str], str]] = {
+    "hf": lambda model, path: lora_files.numbered(path),
+    "sgm": sgm,
+    "diffusers": lambda model, path: path,
+    "comfy": comfy,
+    "lycoris-unet": lambda model, path: f"lycoris_{lora_files.flat(path.partition('.')[2])}",
 }
 
 
@@ -173,8 +183,11 @@ def test_every_module_is_found_by_every_spelling(spelling: str, model: Model, tm
     """kohya's with both names of the UNet's blocks, diffusers', ComfyUI's, and the wrapper's own."""
     parts = "unet" if spelling.endswith("unet") else " ".join(p for p in tiny.components(model.tiny) if p != "vae")
     update = model.update(lora_files.modules("linear conv", parts, model.tiny), seed=2)
-    stem = SPELLINGS[spelling](model.tiny)
-    tensors = tensors_of(update, stem) if spelling != "diffusers" else lora_files.peft(update)
+    tensors = (
+        tensors_of(update, partial(SPELLINGS[spelling], model.tiny))
+        if spelling != "diffusers"
+        else lora_files.peft(update)
+    )
     file = save(tmp_path / f"{spelling}.safetensors", tensors)
     reference = save(tmp_path / "reference.safetensors", tensors_of(update, lora_files.numbered))
     report = model.contexts["runtime"].inspect_lora(file)

@@ -203,6 +203,15 @@ def test_older_formats_are_named(tmp_path: Path) -> None:
         read(tmp_path / "b.pt")
 
 
+def test_a_safetensors_file_may_begin_as_a_pickle_does(tmp_path: Path) -> None:
+    """The length of its header comes first: 640 is 80 02."""
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(640)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", 640) + header + struct.pack("<f", 2.5))
+    assert path.read_bytes()[:2] == b"\x80\x02"
+    assert read(path)["w"] == 2.5
+
+
 OPCODES = st.sampled_from(
     [bytes([code]) for code in b"()0123NRbdaeilostu}]\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94Q"]
 )

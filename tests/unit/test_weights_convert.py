@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+import tiny_sdxl
 import torch_files
-from cases import SD1
+from cases import SD1, SD2, SDXL
 from closeness import relative_rmse
 from gguf.quants import dequantize, quantize
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sdcpp_py import BadArgument, BadFile, Cancelled, Io, SDContext, SdcppError, Unsupported, _native
-from sdcpp_py.weights import TYPES, convert, from_array, open_source, plan, write
+from sdcpp_py.weights import TYPES, convert, from_array, names, open_source, plan, write
+from sdcpp_py.weights.imatrix import write_imatrix
+from sdcpp_py.weights.names import Part
 from sdcpp_py.weights.tensor import Tensor
 
 QUANTISED = [kind.name for kind in TYPES.values() if kind.can_write and kind.is_quantised]
@@ -208,16 +214,21 @@ def test_values_of_a_gguf_file_are_copied_with_their_types(tmp_path: Path) -> No
     assert after["x.new"].contents() == "1"
 
 
-def test_a_folder_becomes_a_file_of_original_names(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path) -> None:
-    folder = tiny_folder(SD1)
-    convert(folder, tmp_path / "a.safetensors")
-    got, want = load_file(tmp_path / "a.safetensors"), load_file(tiny_sd1)
-    assert set(got) == set(want)
-    assert all(np.array_equal(got[name], want[name]) and got[name].shape == want[name].shape for name in want)
+@pytest.mark.parametrize("model", [SD1, SD2, SDXL], ids=["sd1", "sd2", "sdxl"])
+def test_a_folder_becomes_a_file_of_original_names(model: tiny.TinySD1, tiny_folder: Any, tmp_path: Path) -> None:
+    """Against a table of names of its own, with fused, turned and unused weights."""
+    convert(tiny_folder(model), tmp_path / "a.safetensors")
+    got, want = load_file(tmp_path / "a.safetensors"), tiny_sdxl.single_tensors(model)
+    assert {name for name in want if name not in got} <= {name for name in want if name.endswith("logit_scale")}
+    assert all(np.array_equal(got[name], want[name]) and got[name].shape == want[name].shape for name in got)
+    np.testing.assert_array_equal(paint(tmp_path / "a.safetensors"), paint(tiny_folder(model)))
+
+
+def test_what_configs_say_stays_with_the_weights(tiny_folder: Any, tmp_path: Path) -> None:
     v = tiny.TinySD1(prediction="v_prediction")
     convert(tiny_folder(v), tmp_path / "v.gguf")
     with SDContext(tmp_path / "v.gguf", threads=1) as sd_ctx:
-        assert sd_ctx.info.prediction == "v", "what the configs say stays with the weights"
+        assert sd_ctx.info.prediction == "v"
     np.testing.assert_array_equal(paint(tmp_path / "v.gguf"), paint(tiny_folder(v)))
 
 
@@ -319,6 +330,44 @@ def test_an_importance_matrix_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
     values = load_file(tiny_sd1)[name]
     (tensor,) = [tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors if tensor.name == name]
     np.testing.assert_array_equal(tensor.data.reshape(-1), as_type(values, "q4_K", importance=columns))
+
+
+def test_an_importance_matrix_of_another_model(tiny_sd1: Path, tmp_path: Path) -> None:
+    write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": (np.ones(32), 3)}, 1)
+    with pytest.raises(BadArgument, match=r"importance matrix: the model has no blk\.0\.attn_q\.weight"):
+        convert(tiny_sd1, tmp_path / "a.gguf", type="q4_0", imatrix=tmp_path / "i.gguf")
+
+
+def test_whole_numbers_stay_whatever_the_rules_say(tmp_path: Path) -> None:
+    save_file({"w": normal(2, 64), "position_ids": np.arange(77)[None]}, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", type="f16", tensor_types=[(".", "bf16")])
+    with safe_open(tmp_path / "b.safetensors", "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("position_ids"), np.arange(77)[None])
+        assert file.get_slice("w").get_dtype() == "BF16"
+
+
+# ---- names ---------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_rows_of_a_fused_weight_come_from_their_parts(data: st.DataObject) -> None:
+    """Any piece of it, of parts of which some have their halves the other way round."""
+    sizes = data.draw(
+        st.lists(st.tuples(st.integers(1, 4).map(lambda n: 2 * n), st.booleans()), min_size=1, max_size=4)
+    )
+    total = sum(rows for rows, _ in sizes)
+    parts, want, first = [], [], 0
+    for rows, swap in sizes:
+        values = np.arange(first, first + rows, dtype=np.float32)[:, None] * np.ones(3, np.float32)
+        parts.append(Part(from_array(str(first), values), first, rows, swap))
+        want.append(np.roll(values, rows // 2, axis=0) if swap else values)
+        first += rows
+    joined = names._joined("w", (total, 3), data.draw(st.permutations(parts)))
+    begin = data.draw(st.integers(0, total - 1))
+    end = data.draw(st.integers(begin + 1, total))
+    np.testing.assert_array_equal(joined.floats(begin, end), np.concatenate(want)[begin:end])
+    vector = [replace(part, tensor=from_array("b", part.tensor.array()[:, 0])) for part in parts]
+    np.testing.assert_array_equal(names._joined("b", (total,), vector).array(), np.concatenate(want)[:, 0])
 
 
 # ---- the core ------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, mo
     save_file(half, "model.safetensors")
     torch_files.save(tmp_path / "model.ckpt", half)
     shutil.copytree(tiny_folder(SD1), "pipeline")
+    Path("embeddings").mkdir()
+    save_file({"emb_params": np.ones((2, SD1.text_width), np.float32)}, "embeddings/easystyle.safetensors")
     ran = 0
     for language, text in examples():
         if language == "python":
@@ -48,8 +50,10 @@ def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, mo
         else:
             command, *arguments = shlex.split(text)
             assert command == "sdcpp"
-            if "--prompt" in arguments:
+            if "--prompt" in arguments or "generate" in arguments:
                 arguments += ["--steps", "1", "--threads", "1"]
+            if "generate" in arguments:
+                arguments += ["--width", "32", "--height", "32"]
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, f"{text}: {result.output}"
         ran += 1

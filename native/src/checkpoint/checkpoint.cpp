@@ -16,7 +16,7 @@ namespace {
 
 // Says what a file is that is neither safetensors nor GGUF.
 [[noreturn]] void refuse(const MappedFile & file) {
-    const char *           path = file.path().c_str();
+    const char * path = file.path().c_str();
     const std::string_view begin(reinterpret_cast<const char *>(file.data()),
                                  std::min<size_t>(file.size(), 64));
     const auto begins_with = [&](std::string_view text) { return begin.substr(0, text.size()) == text; };
@@ -39,7 +39,8 @@ namespace {
 
 } // namespace
 
-Checkpoint Checkpoint::open(const std::string & path, const std::vector<ComponentFile> & components, bool in_ram) {
+Checkpoint Checkpoint::open(const std::string & path, const std::vector<ComponentFile> & components,
+                            bool in_ram) {
     if (path.empty() && components.empty()) {
         fail(Status::bad_argument,
              "no model given; expected a .safetensors or .gguf file, or a diffusers folder");
@@ -100,9 +101,9 @@ void Checkpoint::add_main() {
 }
 
 void Checkpoint::add_component(const ComponentFile & given) {
-    const Role &                       role = find_role(given.role);
-    const bool                         in_folder = is_folder(given.path);
-    std::vector<StoredTensor>          tensors;
+    const Role & role = find_role(given.role);
+    const bool in_folder = is_folder(given.path);
+    std::vector<StoredTensor> tensors;
     std::map<std::string, std::string> metadata;
     for (const std::string & file : in_folder ? component_files(given.path) : shard_files(given.path)) {
         for (StoredTensor & tensor : read(file, metadata)) {

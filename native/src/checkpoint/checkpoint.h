@@ -27,8 +27,8 @@ struct StoredTensor {
     const uint8_t * data() const { return file->data() + offset; }
 };
 
-// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h") and its file, or its folder out of a
-// diffusers folder.
+// A component given apart: its role ("model" or "unet", "vae", "clip_l", "clip_g", "clip_h") and its file, or its
+// folder out of a diffusers folder.
 struct ComponentFile {
     std::string role;
     std::string path;

@@ -1,5 +1,6 @@
 #include "checkpoint/component.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/words.h"
 
@@ -8,10 +9,6 @@
 
 namespace sd {
 namespace {
-
-bool begins_with(std::string_view text, std::string_view begin) {
-    return text.substr(0, begin.size()) == begin;
-}
 
 const std::vector<Role> & roles() {
     static const std::vector<Role> ROLES = {

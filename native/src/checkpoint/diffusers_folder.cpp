@@ -118,7 +118,7 @@ std::vector<std::string> component_files(const std::string & folder) {
                                                                  : std::string(stem) + ".bin"))) {
             fail(Status::unsupported,
                  "%s: has its weights as a pickle only (.bin), which could run programs and is not "
-                 "opened here; get or make the safetensors variant",
+                 "opened here; make the safetensors variant with sdcpp convert, which runs nothing",
                  folder.c_str());
         }
     }

@@ -45,8 +45,8 @@ constexpr size_t most_at_once = size_t{1} << 30; // bytes of one read; systems h
 HANDLE as_handle(intptr_t handle) { return reinterpret_cast<HANDLE>(handle); }
 
 std::wstring wide(const std::string & path) {
-    const int    size = static_cast<int>(path.size());
-    const int    length = MultiByteToWideChar(CP_UTF8, 0, path.data(), size, nullptr, 0);
+    const int size = static_cast<int>(path.size());
+    const int length = MultiByteToWideChar(CP_UTF8, 0, path.data(), size, nullptr, 0);
     std::wstring out(static_cast<size_t>(length), L'\0');
     MultiByteToWideChar(CP_UTF8, 0, path.data(), size, out.data(), length);
     return out;
@@ -97,15 +97,16 @@ void MappedFile::map() {
 }
 
 void MappedFile::read() {
-    auto * to = static_cast<uint8_t *>(VirtualAlloc(nullptr, size_, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
+    auto * to =
+        static_cast<uint8_t *>(VirtualAlloc(nullptr, size_, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE));
     if (!to) {
         refuse_no_room(path_, size_);
     }
     data_ = to;
     for (size_t at = 0; at < size_;) {
         DWORD got = 0;
-        if (!ReadFile(as_handle(handle_), to + at, static_cast<DWORD>(std::min(size_ - at, most_at_once)), &got,
-                      nullptr)) {
+        if (!ReadFile(as_handle(handle_), to + at, static_cast<DWORD>(std::min(size_ - at, most_at_once)),
+                      &got, nullptr)) {
             refuse(path_, "read", static_cast<int>(GetLastError()));
         }
         if (got == 0) {
@@ -176,6 +177,9 @@ void MappedFile::examine() {
 
 void MappedFile::map() {
     void * data = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, static_cast<int>(handle_), 0);
+    if (data == MAP_FAILED && errno == ENOMEM) {
+        refuse_no_room(path_, size_);
+    }
     if (data == MAP_FAILED) {
         refuse(path_, "mapped", errno);
     }
@@ -222,7 +226,8 @@ bool MappedFile::is_as_opened() const {
 
 #endif
 
-MappedFile::MappedFile(const std::string & path, bool in_ram) : path_(path), handle_(open_file(path)), in_ram_(in_ram) {
+MappedFile::MappedFile(const std::string & path, bool in_ram)
+    : path_(path), handle_(open_file(path)), in_ram_(in_ram) {
     try {
         examine();
         if (!in_ram) {

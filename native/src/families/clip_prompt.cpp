@@ -6,8 +6,9 @@
 
 namespace sd {
 
-ClipPrompt::ClipPrompt(const ClipBpe & bpe, const std::vector<Span> & prompt, int32_t pad, int n)
-    : chunks(chunk_tokens(bpe, prompt, pad)) {
+ClipPrompt::ClipPrompt(const ClipBpe & bpe, const std::vector<Span> & prompt, int32_t pad, int n,
+                       const std::vector<LearnedWord> & words)
+    : chunks(chunk_tokens(bpe, prompt, pad, words)) {
     while (static_cast<int>(chunks.size()) < n) {
         chunks.push_back(chunk_tokens(bpe, {}, pad).front());
     }
@@ -59,8 +60,9 @@ void ClipPrompt::emphasise(Tensor & states, int64_t first, int64_t n) const {
     }
 }
 
-int count_clip_chunks(const ClipBpe & bpe, const std::vector<Span> & prompt) {
-    return static_cast<int>(chunk_tokens(bpe, prompt, ClipBpe::end_token).size());
+int count_clip_chunks(const ClipBpe & bpe, const std::vector<Span> & prompt,
+                      const std::vector<LearnedWord> & words) {
+    return static_cast<int>(chunk_tokens(bpe, prompt, ClipBpe::end_token, words).size());
 }
 
 Tensor join_chunks(Tensor states) {

@@ -10,7 +10,8 @@ namespace sd {
 
 struct ClipPrompt {
     // Filled up with empty text to `chunks`. `pad` stands behind the end token.
-    ClipPrompt(const ClipBpe & bpe, const std::vector<Span> & prompt, int32_t pad, int chunks);
+    ClipPrompt(const ClipBpe & bpe, const std::vector<Span> & prompt, int32_t pad, int chunks,
+               const std::vector<LearnedWord> & words = {});
 
     Tensor ids() const;  // [77, chunks]
     Tensor ends() const; // [chunks]: each chunk's end token, counted through all of them
@@ -23,7 +24,8 @@ struct ClipPrompt {
 };
 
 // How many chunks a prompt fills.
-int count_clip_chunks(const ClipBpe & bpe, const std::vector<Span> & prompt);
+int count_clip_chunks(const ClipBpe & bpe, const std::vector<Span> & prompt,
+                      const std::vector<LearnedWord> & words = {});
 
 // Chunks side by side: [width, 77, chunks] -> [width, 77 * chunks].
 Tensor join_chunks(Tensor states);

@@ -21,6 +21,8 @@ void check_components(const Checkpoint & file, const char * family, std::initial
     }
 }
 
-NeededComponent needed_vae() { return {"vae", {"first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"}}; }
+NeededComponent needed_vae() {
+    return {"vae", {"first_stage_model.decoder.conv_in.weight", "vae.decoder.conv_in.weight"}};
+}
 
 } // namespace sd

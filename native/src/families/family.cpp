@@ -11,6 +11,13 @@ const std::vector<const Family *> & families() {
     return table;
 }
 
+void Pipeline::learn(const std::vector<LearnedText> & words) {
+    if (!words.empty()) {
+        fail(Status::unsupported, "embedding '%s': models of this family do not take embeddings here",
+             words.front().name.c_str());
+    }
+}
+
 const Family & recognise(const Checkpoint & checkpoint) {
     for (const Family * family : families()) {
         if (family->recognises(checkpoint)) {

@@ -40,6 +40,12 @@ struct Conditioning {
     std::map<std::string, Tensor> vectors; // [width], or [width, N]: of an image as a whole
 };
 
+// A word that stands for vectors of its own: for each text encoder [width, vectors], as many for each.
+struct LearnedText {
+    std::string         name;
+    std::vector<Tensor> vectors;
+};
+
 class Pipeline {
   public:
     virtual ~Pipeline() = default;
@@ -56,6 +62,10 @@ class Pipeline {
     virtual int          count_chunks(const Prompt & prompt) const = 0;
     virtual Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const = 0;
     virtual int          count_tokens(const std::string & text) const = 0;
+
+    // Makes exactly these words stand for vectors. Throws Error(unsupported / bad_argument), and nothing changes, where
+    // the family has no such words or one does not fit its text encoders.
+    virtual void learn(const std::vector<LearnedText> & words);
 
     // What the denoiser is told of one image of this size in pixels, whatever the prompt.
     virtual Conditioning describe(int width, int height) const {

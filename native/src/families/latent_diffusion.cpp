@@ -1,6 +1,7 @@
 #include "families/latent_diffusion.h"
 
 #include "core/error.h"
+#include "families/distilled.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -19,7 +20,7 @@ LatentDiffusion::LatentDiffusion(WeightStore & weights, const OpenOptions & opti
     : bpe_(options.data_dir + "/clip_merges.txt"), unet_(weights.root("model.diffusion_model", "unet"), kind.unet),
       kind_(kind),
       vae_(kind.wide_vae ? weights.root("first_stage_model", "vae").wide() : weights.root("first_stage_model", "vae")),
-      scale_(kind.scale) {
+      scale_(kind.scale), defaults_(defaults_for(weights.checkpoint().path(), kind.defaults)) {
     if (const std::string * stated = find_value(weights.checkpoint(), "vae.scaling_factor")) {
         const float scale = std::strtof(stated->c_str(), nullptr);
         scale_ = std::isfinite(scale) && scale > 0 ? scale : scale_;
@@ -66,6 +67,19 @@ void LatentDiffusion::check_heads(const Checkpoint & file) const {
     }
 }
 
+Conditioning LatentDiffusion::encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip,
+                                           int chunks) const {
+    const ClipPrompt    read(bpe_, prompt, padding, chunks, learned_.words());
+    const LearnedInputs learned(read.chunks, learned_, 0);
+    const Tensor        ids = read.ids();
+    Inputs              inputs{{"ids", &ids}};
+    learned.add_to(inputs);
+    auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
+    Tensor & states = outputs.at("states");
+    read.emphasise(states, 0, states.ne[0]);
+    return {{{"text", join_chunks(std::move(states))}}, {}};
+}
+
 void LatentDiffusion::check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions) {
     if (vocabulary <= ClipBpe::end_token || positions < 77) {
         fail(Status::unsupported, "%s: a text encoder of %lld tokens and %lld positions is not CLIP's (49408 and 77)",
@@ -95,9 +109,17 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
          "%s: prediction '%s' is not known; there are: eps, v", file.path().c_str(), name.c_str());
 }
 
+const StoredTensor * unet_text_input(const Checkpoint & file) {
+    return find_any(file, {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+                           "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"});
+}
+
+const StoredTensor * unet_vector_input(const Checkpoint & file) {
+    return find_any(file, {"model.diffusion_model.label_emb.0.0.weight", "unet.add_embedding.linear_1.weight"});
+}
+
 UnetFamily unet_family(const Checkpoint & file) {
-    const StoredTensor * text = find_any(file, {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-                                                "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"});
+    const StoredTensor * text = unet_text_input(file);
     const StoredTensor * proj_in = find_any(file, {"model.diffusion_model.middle_block.1.proj_in.weight",
                                                    "unet.mid_block.attentions.0.proj_in.weight"});
     if (!text || !proj_in) {
@@ -106,8 +128,7 @@ UnetFamily unet_family(const Checkpoint & file) {
     // A quantised proj_in is a matrix in any family; then the encoder tells, or the width of what it writes.
     const bool clip_l = file.has("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight");
     const bool clip_h = file.has("cond_stage_model.model.token_embedding.weight");
-    if (!clip_l && !clip_h &&
-        find_any(file, {"model.diffusion_model.label_emb.0.0.weight", "unet.add_embedding.linear_1.weight"})) {
+    if (!clip_l && !clip_h && unet_vector_input(file)) {
         return UnetFamily::sdxl;
     }
     if (clip_h) {

@@ -4,6 +4,7 @@
 
 #include "families/clip_prompt.h"
 #include "families/family.h"
+#include "families/learned_words.h"
 #include "models/unet.h"
 #include "models/vae.h"
 
@@ -14,6 +15,7 @@ namespace sd {
 
 class LatentDiffusion : public Pipeline {
   public:
+    Defaults      defaults() const override { return defaults_; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), scale_}; }
     NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(); }
@@ -21,8 +23,13 @@ class LatentDiffusion : public Pipeline {
     int           size_multiple() const override { return vae_.reduction(); }
     int           native_size() const override { return native_size_; }
 
-    int count_chunks(const Prompt & prompt) const override { return count_clip_chunks(bpe_, prompt); }
-    int count_tokens(const std::string & text) const override { return static_cast<int>(bpe_.encode(text).size()); }
+    int count_chunks(const Prompt & prompt) const override {
+        return count_clip_chunks(bpe_, prompt, learned_.words());
+    }
+    int count_tokens(const std::string & text) const override {
+        return sd::count_tokens(bpe_, text, learned_.words());
+    }
+    void learn(const std::vector<LearnedText> & words) override { learned_ = LearnedWords(bpe_, words, text_widths()); }
 
     Value denoise(Graph & g) const override {
         return unet_(g, g.input("latent"), g.input("time"), g.input("text"));
@@ -36,6 +43,7 @@ class LatentDiffusion : public Pipeline {
         UnetKind     unet;
         float        scale;    // of latents, where the file does not tell
         bool         wide_vae; // its activations go beyond f16
+        Defaults     defaults; // where the file's name does not tell of others
     };
     LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind);
 
@@ -43,11 +51,18 @@ class LatentDiffusion : public Pipeline {
     // pixels holds where the file does not tell.
     void complete(WeightStore & weights, int64_t text_width, Prediction prediction, int native_size);
 
+    // A prompt's conditioning by the only text encoder of a family.
+    Conditioning encode_alone(Runner & runner, const Prompt & prompt, int32_t padding, int clip_skip, int chunks) const;
+
     // The vocabulary and positions that its tokens need.
     static void check_tokens(const Checkpoint & file, int64_t vocabulary, int64_t positions);
 
-    ClipBpe bpe_;
-    Unet    unet_;
+    // Of its text encoders.
+    virtual std::vector<int64_t> text_widths() const = 0;
+
+    ClipBpe      bpe_;
+    Unet         unet_;
+    LearnedWords learned_;
 
   private:
     void check_heads(const Checkpoint & file) const;
@@ -55,6 +70,7 @@ class LatentDiffusion : public Pipeline {
     Kind       kind_;
     Vae        vae_;
     float      scale_;
+    Defaults   defaults_;
     Prediction prediction_ = Prediction::eps;
     int        native_size_ = 0;
 };
@@ -66,6 +82,11 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
 // proj_in as a convolution and not OpenCLIP's text encoder.
 enum class UnetFamily { none, sd1, sd2, sdxl };
 UnetFamily unet_family(const Checkpoint & file);
+
+// Of such a UNet: the weight that reads the text in its middle, and the one that reads XL's vector; null where there
+// is none.
+const StoredTensor * unet_text_input(const Checkpoint & file);
+const StoredTensor * unet_vector_input(const Checkpoint & file);
 
 // The first of the names that the file has; null where it has none.
 const StoredTensor * find_any(const Checkpoint & file, std::initializer_list<const char *> names);

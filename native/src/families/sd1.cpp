@@ -9,7 +9,8 @@ namespace {
 class StableDiffusion1 final : public LatentDiffusion {
   public:
     StableDiffusion1(WeightStore & weights, const OpenOptions & options)
-        : LatentDiffusion(weights, options, {"Stable Diffusion 1.x", {8, 0, false}, 0.18215f, false}),
+        : LatentDiffusion(weights, options,
+                          {"Stable Diffusion 1.x", {8, 0, false}, 0.18215f, false, {20, 7.0f, "dpm++2m", "karras", 1}}),
           text_scope_(weights.root("cond_stage_model.transformer", "text_encoder")),
           clip_(text_scope_, ClipConfig::read(text_scope_, true, false, "clip_l")) {
         const Checkpoint & file = weights.checkpoint();
@@ -17,24 +18,18 @@ class StableDiffusion1 final : public LatentDiffusion {
         check_tokens(file, clip_.c.vocabulary, clip_.c.positions);
     }
 
-    Defaults defaults() const override { return {20, 7.0f, "dpm++2m", "karras", 1}; }
-
     void text(Graph & g, int clip_skip) const override {
         g.output("states", clip_.norm(g, clip_(g, g.input_ids("ids"), clip_skip)));
     }
 
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override {
         check_clip_skip(clip_skip, 1, clip_.c.layers);
-        const ClipPrompt read(bpe_, prompt, ClipBpe::end_token, chunks);
-        const Tensor     ids = read.ids();
-        auto             outputs = runner.run("text" + std::to_string(clip_skip), {{"ids", &ids}},
-                                              [&](Graph & g) { text(g, clip_skip); });
-        Tensor & states = outputs.at("states");
-        read.emphasise(states, 0, clip_.c.width);
-        return {{{"text", join_chunks(std::move(states))}}, {}};
+        return encode_alone(runner, prompt, ClipBpe::end_token, clip_skip, chunks);
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_.c.width}; }
+
     Scope    text_scope_;
     ClipText clip_;
 };

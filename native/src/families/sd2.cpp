@@ -14,7 +14,8 @@ constexpr int32_t padding = 0; // "!", which OpenCLIP fills up with
 class StableDiffusion2 final : public LatentDiffusion {
   public:
     StableDiffusion2(WeightStore & weights, const OpenOptions & options)
-        : LatentDiffusion(weights, options, {"Stable Diffusion 2.x", {0, 64, false}, 0.18215f, false}),
+        : LatentDiffusion(weights, options,
+                          {"Stable Diffusion 2.x", {0, 64, false}, 0.18215f, false, {20, 7.0f, "dpm++2m", "karras", 2}}),
           text_scope_(weights.root("cond_stage_model.model", "text_encoder")),
           clip_(text_scope_, read_config(text_scope_)) {
         const Checkpoint &              file = weights.checkpoint();
@@ -24,8 +25,6 @@ class StableDiffusion2 final : public LatentDiffusion {
         check_tokens(file, clip_.c.vocabulary, clip_.c.positions);
     }
 
-    Defaults defaults() const override { return {20, 7.0f, "dpm++2m", "karras", 2}; }
-
     // Layers are counted as in OpenCLIP's tower: 2 leaves the last one away, with which the model was trained.
     void text(Graph & g, int clip_skip) const override {
         g.output("states", clip_.norm(g, clip_(g, g.input_ids("ids"), clip_skip - 1)));
@@ -33,16 +32,12 @@ class StableDiffusion2 final : public LatentDiffusion {
 
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override {
         check_clip_skip(clip_skip, 2, clip_.c.layers + 1);
-        const ClipPrompt read(bpe_, prompt, padding, chunks);
-        const Tensor     ids = read.ids();
-        auto             outputs = runner.run("text" + std::to_string(clip_skip), {{"ids", &ids}},
-                                              [&](Graph & g) { text(g, clip_skip); });
-        Tensor & states = outputs.at("states");
-        read.emphasise(states, 0, clip_.c.width);
-        return {{{"text", join_chunks(std::move(states))}}, {}};
+        return encode_alone(runner, prompt, padding, clip_skip, chunks);
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_.c.width}; }
+
     // diffusers folders come without the last layer, which nothing uses.
     static ClipConfig read_config(const Scope & scope) {
         ClipConfig config = ClipConfig::read(scope, false, true, "clip_h");
@@ -63,7 +58,8 @@ Prediction StableDiffusion2::guess_prediction(const Checkpoint & file) {
     const StoredTensor * bias = find_any(
         file, {"model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias",
                "unet.up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"});
-    const StoredTensor * input = find_any(file, {"model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight"});
+    const StoredTensor * input =
+        find_any(file, {"model.diffusion_model.input_blocks.0.0.weight", "unet.conv_in.weight"});
     if (!bias || bias->dims != 1 || !input || input->ne[2] != 4) {
         return Prediction::eps;
     }

@@ -2,6 +2,7 @@
 // (Podell et al., 2023, "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis").
 #include "core/error.h"
 #include "families/components.h"
+#include "families/distilled.h"
 #include "families/latent_diffusion.h"
 #include "models/clip.h"
 
@@ -18,7 +19,8 @@ class StableDiffusionXl final : public LatentDiffusion {
   public:
     StableDiffusionXl(WeightStore & weights, const OpenOptions & options)
         : LatentDiffusion(weights, options,
-                          {"Stable Diffusion XL", {0, 64, true}, 0.13025f, needs_wide_vae(weights.checkpoint())}),
+                          {"Stable Diffusion XL", {0, 64, true}, 0.13025f, needs_wide_vae(weights.checkpoint()),
+                           {30, 6.0f, "dpm++2m", "karras", 2}}),
           scope_l_(weights.root("conditioner.embedders.0.transformer", "text_encoder")),
           scope_g_(weights.root("conditioner.embedders.1.model", "text_encoder_2")),
           clip_l_(scope_l_, ClipConfig::read(scope_l_, true, false, "clip_l")),
@@ -27,17 +29,17 @@ class StableDiffusionXl final : public LatentDiffusion {
                           .turned({clip_g_.c.width, unet_.vector_width() - sizes * size_width, 1, 1})) {
         const Checkpoint & file = weights.checkpoint();
         complete(weights, clip_l_.c.width + clip_g_.c.width,
-                 stated_prediction(file, options.prediction).value_or(Prediction::eps), 1024);
+                 stated_prediction(file, options.prediction).value_or(Prediction::eps),
+                 is_sdxl_turbo(file.path()) ? 512 : 1024);
         check_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
         check_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
     }
 
-    // The layer before the last one is what the model was trained with.
-    Defaults      defaults() const override { return {30, 6.0f, "dpm++2m", "karras", 2}; }
     NoiseSchedule noise_schedule() const override { return NoiseSchedule::scaled_linear(align_your_steps_sdxl()); }
 
     void text(Graph & g, int clip_skip) const override {
-        const Value l = clip_l_(g, g.input_ids("ids"), clip_skip), second = clip_g_(g, g.input_ids("ids_2"), clip_skip);
+        const Value l = clip_l_(g, g.input_ids("ids"), clip_skip);
+        const Value second = clip_g_(g, g.input_ids("ids_2"), clip_skip, "_2");
         g.output("states", g.concat_features(l, second));
         const Value pooled = clip_g_.pooled(g, clip_g_.finish(g, second, clip_skip), g.input_ids("ends"));
         g.output("pooled", g.linear(projection_, nullptr, pooled));
@@ -45,10 +47,14 @@ class StableDiffusionXl final : public LatentDiffusion {
 
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const override {
         check_clip_skip(clip_skip, 1, std::min(clip_l_.c.layers, clip_g_.c.layers));
-        const ClipPrompt l(bpe_, prompt, ClipBpe::end_token, chunks), second(bpe_, prompt, padding_g, chunks);
-        const Tensor     ids = l.ids(), ids_2 = second.ids(), ends = second.ends();
-        auto outputs = runner.run("text" + std::to_string(clip_skip), {{"ids", &ids}, {"ids_2", &ids_2}, {"ends", &ends}},
-                                  [&](Graph & g) { text(g, clip_skip); });
+        const ClipPrompt    l(bpe_, prompt, ClipBpe::end_token, chunks, learned_.words());
+        const ClipPrompt    second(bpe_, prompt, padding_g, chunks, learned_.words());
+        const LearnedInputs learned(l.chunks, learned_, 0), learned_2(second.chunks, learned_, 1);
+        const Tensor        ids = l.ids(), ids_2 = second.ids(), ends = second.ends();
+        Inputs              inputs{{"ids", &ids}, {"ids_2", &ids_2}, {"ends", &ends}};
+        learned.add_to(inputs);
+        learned_2.add_to(inputs, "_2");
+        auto outputs = runner.run("text" + std::to_string(clip_skip), inputs, [&](Graph & g) { text(g, clip_skip); });
         Tensor & states = outputs.at("states");
         l.emphasise(states, 0, clip_l_.c.width);
         second.emphasise(states, clip_l_.c.width, clip_g_.c.width);
@@ -74,6 +80,8 @@ class StableDiffusionXl final : public LatentDiffusion {
     }
 
   private:
+    std::vector<int64_t> text_widths() const override { return {clip_l_.c.width, clip_g_.c.width}; }
+
     // The activations of its autoencoder go beyond f16, and pictures become black. diffusers folders tell where it
     // is one that was changed so that they do not.
     static bool needs_wide_vae(const Checkpoint & file) {
@@ -88,10 +96,8 @@ class StableDiffusionXl final : public LatentDiffusion {
 
 // Networks of the same structure that are something else.
 void refuse_relatives(const Checkpoint & file) {
-    const StoredTensor * text = find_any(file, {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-                                                "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"});
-    const StoredTensor * vector = find_any(file, {"model.diffusion_model.label_emb.0.0.weight",
-                                                  "unet.add_embedding.linear_1.weight"});
+    const StoredTensor * text = unet_text_input(file);
+    const StoredTensor * vector = unet_vector_input(file);
     const char * path = file.path().c_str();
     if (text->ne[0] + 5 * size_width == vector->ne[0]) { // bigG alone, and a score in the place of the last size
         fail(Status::unsupported,

@@ -37,7 +37,8 @@ void Attention::run(ggml_tensor * out) {
         h.q = data(q_) + image * queries * width + head * size;
         h.k = data(k_) + image * keys * width + head * size;
         h.v = data(v_) + image * keys * width + head * size;
-        h.out = static_cast<float *>(out->data) + image * queries * width + head * size;
+        h.out = activations(out);
+        h.out_column = image * queries * width + head * size;
         h.q_row = h.k_row = h.v_row = h.out_row = width;
         h.mask = mask_ ? data(mask_) + (mask_->ne[2] > 1 ? head * keys * queries : 0) : nullptr;
         h.mask_row = keys;
@@ -49,6 +50,12 @@ void Attention::run(ggml_tensor * out) {
         h.scratch = pool.scratch(thread, static_cast<size_t>(set.head_scratch(keys, h.size)));
         set.attention(h);
     });
+}
+
+std::unique_ptr<Operation> Attention::narrowed() const {
+    auto twin = std::make_unique<Attention>(set, pool, q_, k_, v_, heads_, scale_, mask_);
+    twin->narrow_ = true;
+    return twin;
 }
 
 std::string Attention::describe() const {

@@ -12,9 +12,10 @@ class Attention final : public Operation {
     Attention(const KernelSet & kernel_set, Pool & threads, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, int64_t heads,
               float scale, ggml_tensor * mask);
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
+    std::unique_ptr<Operation> narrowed() const override;
     double        flops() const override;
 
   private:

@@ -10,7 +10,7 @@ class Activate final : public Operation {
     Activate(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, Activation activation)
         : Operation(kernel_set, threads), x_(x), activation_(activation) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
 
@@ -25,7 +25,7 @@ class Add final : public Operation {
     Add(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, ggml_tensor * y)
         : Operation(kernel_set, threads), x_(x), y_(y) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
 
@@ -39,7 +39,7 @@ class ConcatChannels final : public Operation {
     ConcatChannels(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, ggml_tensor * y)
         : Operation(kernel_set, threads), x_(x), y_(y) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
 
@@ -53,7 +53,7 @@ class Resize final : public Operation {
     Resize(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, int64_t width, int64_t height)
         : Operation(kernel_set, threads), x_(x), width_(width), height_(height) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
 

@@ -77,7 +77,6 @@ void GroupNormOperation::factors(int64_t image) {
 
 void GroupNormOperation::run(ggml_tensor * out) {
     const float * x = data(x_);
-    auto *        y = static_cast<float *>(out->data);
     const int64_t picture = pixels_ * channels_;
     const auto    rows = [&](int64_t part) { return std::min(pixels_at_once, pixels_ - part * pixels_at_once); };
     pool.run(images_ * parts_, [&](int64_t piece, int) {
@@ -89,7 +88,7 @@ void GroupNormOperation::run(ggml_tensor * out) {
     pool.run(images_ * parts_, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         const int64_t at = image * picture + part * pixels_at_once * channels_;
-        set.affine(x + at, y + at, rows(part), channels_, scales_.data() + image * channels_, shifts_.data() + image * channels_,
+        set.affine(x + at, activations(out), at, rows(part), channels_, scales_.data() + image * channels_, shifts_.data() + image * channels_,
                    activation_);
     });
 }
@@ -112,9 +111,21 @@ void RowNorm::run(ggml_tensor * out) {
     pool.run(images * parts, [&](int64_t piece, int) {
         const int64_t image = piece / parts, first = piece % parts * pixels_at_once;
         const int64_t at = (image * of_one + first) * channels;
-        set.normalise(data(x_) + at, static_cast<float *>(out->data) + at, std::min(pixels_at_once, of_one - first), channels,
+        set.normalise(data(x_) + at, activations(out), at, std::min(pixels_at_once, of_one - first), channels,
                       of_image(weight_, channels, image), of_image(bias_, channels, image), eps_, rms_);
     });
+}
+
+std::unique_ptr<Operation> GroupNormOperation::narrowed() const {
+    auto twin = with(activation_);
+    twin->narrow_ = true;
+    return twin;
+}
+
+std::unique_ptr<Operation> RowNorm::narrowed() const {
+    auto twin = std::make_unique<RowNorm>(set, pool, x_, weight_, bias_, eps_, rms_);
+    twin->narrow_ = true;
+    return twin;
 }
 
 std::string GroupNormOperation::describe() const { return text("group norm of %lld channels", static_cast<long long>(channels_)); }

@@ -11,9 +11,10 @@ class GroupNormOperation final : public Operation {
     GroupNormOperation(const KernelSet & kernel_set, Pool & threads, ggml_tensor * x, ggml_tensor * weight, ggml_tensor * bias,
                        int groups, float eps, Activation activation);
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
+    std::unique_ptr<Operation> narrowed() const override;
 
     // The same with another activation.
     std::unique_ptr<GroupNormOperation> with(Activation activation) const;
@@ -38,9 +39,10 @@ class RowNorm final : public Operation {
             bool rms)
         : Operation(kernel_set, threads), x_(x), weight_(weight), bias_(bias), eps_(eps), rms_(rms) {}
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
+    std::unique_ptr<Operation> narrowed() const override;
 
   private:
     ggml_tensor *x_, *weight_, *bias_; // the vectors [C], or [C, N] for rows of N pictures

@@ -63,6 +63,7 @@ Rows Product::rows_of(const ProductTerm & term) const {
     const ggml_tensor * x = term.x;
     const bool          kernel = taps_of(term.weight) > 1;
     Rows                rows{};
+    rows.bf16 = x->type == GGML_TYPE_BF16;
     rows.pixel = x->ne[0];
     rows.width = static_cast<int>(x->ne[1]);
     rows.height = static_cast<int>(x->ne[2]);
@@ -187,8 +188,9 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
     Block block{};
     block.first_row = piece.first_row;
     block.end_row = piece.end_row;
-    block.y = static_cast<float *>(out->data) + piece.first_column;
+    block.y = activations(out);
     block.y_row = columns_;
+    block.y_column = piece.first_column;
     block.columns = static_cast<int>(piece.end_column - piece.first_column);
     block.epilogue = &epilogue;
     block.scratch = pack_scratch + pack_bytes_;
@@ -199,7 +201,7 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
             pack_columns(slice, piece, to, pack_scratch);
             Operand & operand = block.operands[block.count++];
             operand = {rows_of(parts_.terms[slice.term]), static_cast<int>(slice.first), slice.length, to};
-            operand.rows.x = data(parts_.terms[slice.term].x);
+            operand.rows.x = parts_.terms[slice.term].x->data;
             to += aligned(set.panel_bytes(slice.taps, slice.length) * (columns_at_once() / set.panel) * (gated() ? 2 : 1));
         }
         block.first = i == 0;
@@ -233,6 +235,16 @@ ggml_tensor * Product::append_to(ggml_context * ctx) {
         }
     }
     return append(ctx, ne_, std::move(sources));
+}
+
+// Sums that are added to lie in f32 until they are complete; gated ones come complete.
+std::unique_ptr<Operation> Product::narrowed() const {
+    if (!gated()) {
+        return nullptr;
+    }
+    auto twin = std::make_unique<Product>(set, pool, parts_);
+    twin->narrow_ = true;
+    return twin;
 }
 
 std::string Product::describe() const {

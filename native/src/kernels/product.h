@@ -34,9 +34,10 @@ class Product final : public Operation {
     // Whether the activation may become geglu, which wants all of the weight at a time.
     static bool can_gate(const ProductParts & parts);
 
-    ggml_tensor * append_to(ggml_context * ctx);
+    ggml_tensor * append_to(ggml_context * ctx) override;
     void          run(ggml_tensor * out) override;
     std::string   describe() const override;
+    std::unique_ptr<Operation> narrowed() const override;
     double        flops() const override;
 
     const ProductParts & parts() const { return parts_; }

@@ -8,15 +8,22 @@ namespace sd {
 
 enum class Activation { none, silu, gelu, quick_gelu, gelu_tanh, geglu };
 
-// The left operand of a product: a row of floats per output pixel and tap. Tokens are a picture one pixel high.
+// Activations, in f32, or in bf16 where a set's products round them to it anyway.
+struct Activations {
+    void * data = nullptr;
+    bool   bf16 = false;
+};
+
+// The left operand of a product: a row of channels per output pixel and tap. Tokens are a picture one pixel high.
 struct Rows {
-    const float * x;                 // [channels, width, height, images]
-    int64_t       pixel, image;      // floats from one to the next
+    const void *  x;                 // [channels, width, height, images]
+    bool          bf16;              // in a set whose products are; channels are even then
+    int64_t       pixel, image;      // elements from one to the next
     int           width, height;     // of x
     int           seen_width, seen_height; // x is enlarged to this, nearest; else the same
     int           out_width, out_height;
     int           taps_w = 1, taps_h = 1, stride = 1, pad = 0;
-    const float * zeros;             // what lies outside of x
+    const void *  zeros;             // what lies outside of x
 };
 
 constexpr int max_taps = 64;
@@ -47,8 +54,9 @@ struct Block {
     Operand          operands[2];
     int              count = 1; // of operands
     int64_t          first_row, end_row;
-    float *          y;       // of the block's first column
-    int64_t          y_row;   // floats from one row to the next
+    Activations      y;       // bf16 only where all comes in one block, of which nothing is read again
+    int64_t          y_row;   // elements from one row to the next
+    int64_t          y_column; // the block's first
     int              columns; // that there are; panels are filled up with zeros
     bool             first, last;
     const Epilogue * epilogue; // after the last
@@ -72,7 +80,8 @@ struct Pack {
 // softmax(q k^T scale + mask) v of one head of one picture.
 struct Head {
     const float * q, * k, * v; // [size, tokens]
-    float *       out;         // [size, queries]
+    Activations   out;         // [size, queries]
+    int64_t       out_column;  // elements of `out` before the head's first
     int64_t       q_row, k_row, v_row, out_row; // floats from one token to the next
     const float * mask;        // [keys, queries] or null
     int64_t       mask_row;
@@ -97,11 +106,11 @@ struct KernelSet {
 
     // Sums over `rows` rows of [channels]: mean and sum of squared distances from it, per channel.
     void (*moments)(const float * x, int64_t rows, int64_t row, int64_t channels, float * mean, float * squares);
-    // y = activation(x * scale + shift), per channel.
-    void (*affine)(const float * x, float * y, int64_t rows, int64_t channels, const float * scale, const float * shift,
+    // y = activation(x * scale + shift), per channel; y begins at its element `first`.
+    void (*affine)(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * scale, const float * shift,
                    Activation activation);
     // (x - mean) / sqrt(variance + eps) * weight + bias of each row; of RMS norms without the mean, weight and bias may be null.
-    void (*normalise)(const float * x, float * y, int64_t rows, int64_t channels, const float * weight, const float * bias,
+    void (*normalise)(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * weight, const float * bias,
                       float eps, bool rms);
     void (*activate)(const float * x, float * y, int64_t n, Activation activation);
     void (*add)(const float * x, const float * y, float * to, int64_t n);

@@ -133,22 +133,29 @@ SD_INLINE void accumulate(Vec (&sums)[R][V], const float * const * rows, int tap
 }
 
 #ifdef SD_BF16
-// The same with pairs: rows[r][pair] are two bf16 side by side.
+// The same with pairs: rows[tap][r][pair] are two bf16 side by side.
 template <int R, int V>
-SD_INLINE void accumulate_pairs(Vec (&sums)[R][V], const uint32_t * rows, int64_t row, int pairs, const uint32_t * weights,
-                                int64_t weights_row) {
-    for (int k = 0; k < pairs; ++k, weights += weights_row) {
-        __m512bh w[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            w[v] = (__m512bh) _mm512_loadu_si512(weights + v * lanes);
-        }
+SD_INLINE void accumulate_pairs(Vec (&sums)[R][V], const uint32_t * const * rows, int taps, int pairs,
+                                const uint32_t * weights, int64_t weights_row) {
+    for (int tap = 0; tap < taps; ++tap, rows += R) {
+        const uint32_t * row[R];
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-            const auto x = (__m512bh) _mm512_set1_epi32(static_cast<int>(rows[r * row + k]));
+            row[r] = rows[r];
+        }
+        for (int k = 0; k < pairs; ++k, weights += weights_row) {
+            __m512bh w[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
-                sums[r][v] = (Vec) _mm512_dpbf16_ps((__m512) sums[r][v], x, w[v]);
+                w[v] = (__m512bh) _mm512_loadu_si512(weights + v * lanes);
+            }
+#pragma GCC unroll 6
+            for (int r = 0; r < R; ++r) {
+                const auto x = (__m512bh) _mm512_set1_epi32(static_cast<int>(row[r][k]));
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) {
+                    sums[r][v] = (Vec) _mm512_dpbf16_ps((__m512) sums[r][v], x, w[v]);
+                }
             }
         }
     }
@@ -188,6 +195,17 @@ SD_INLINE void store_upto(float * to, Vec v, int n) {
     }
 }
 
+SD_INLINE void put(const Activations & y, int64_t at, Vec v, int n) {
+#ifdef SD_BF16
+    if (y.bf16) {
+        const __m256bh half = _mm512_cvtneps_pbh((__m512) v);
+        std::memcpy(static_cast<uint16_t *>(y.data) + at, &half, 2 * static_cast<size_t>(n < lanes ? n : lanes));
+        return;
+    }
+#endif
+    store_upto(static_cast<float *>(y.data) + at, v, n);
+}
+
 SD_INLINE Vec finished(const Epilogue & e, Vec sum, int64_t row, int column, int n) {
     const int64_t image = e.scale || e.shift ? row / e.rows_per_image : 0;
     if (e.bias) {
@@ -206,71 +224,68 @@ SD_INLINE Vec finished(const Epilogue & e, Vec sum, int64_t row, int column, int
     return sum;
 }
 
-// Where the row of an output pixel begins for each tap.
-SD_INLINE void find_rows(const Rows & r, int64_t row, int c0, const float ** to, int step) {
+// Where consecutive rows, one per output pixel, begin for each tap.
+template <int R> SD_INLINE void find_rows(const Rows & r, int64_t row, int c0, const void ** to) {
+    const int64_t size = r.bf16 ? 2 : 4;
+    const auto *  x = static_cast<const char *>(r.x) + c0 * size;
     if (r.taps_w * r.taps_h == 1 && r.stride == 1 && r.seen_width == r.width && r.seen_height == r.height) {
-        const int64_t pixels = static_cast<int64_t>(r.width) * r.height;
-        *to = r.image == pixels * r.pixel ? r.x + row * r.pixel + c0
-                                          : r.x + row / pixels * r.image + row % pixels * r.pixel + c0;
+        for (int i = 0; i < R; ++i) {
+            to[i] = x + (row + i) * r.pixel * size;
+        }
         return;
     }
-    const int64_t plane = static_cast<int64_t>(r.out_width) * r.out_height;
-    const int64_t image = row / plane, at = row % plane;
-    const int     left = static_cast<int>(at % r.out_width) * r.stride - r.pad;
-    const int     top = static_cast<int>(at / r.out_width) * r.stride - r.pad;
-    const float * x = r.x + image * r.image + c0;
-    for (int dy = 0; dy < r.taps_h; ++dy) {
-        for (int dx = 0; dx < r.taps_w; ++dx, to += step) {
-            int       across = left + dx, down = top + dy;
-            const bool inside = across >= 0 && across < r.seen_width && down >= 0 && down < r.seen_height;
-            if (!inside) {
-                *to = r.zeros;
-                continue;
-            }
-            if (r.seen_width != r.width) {
-                across = static_cast<int>(static_cast<int64_t>(across) * r.width / r.seen_width);
-            }
+    const int64_t line = row / r.out_width;
+    int64_t       image = line / r.out_height;
+    int           out_x = static_cast<int>(row % r.out_width), out_y = static_cast<int>(line % r.out_height);
+    for (int i = 0; i < R; ++i) {
+        const int left = out_x * r.stride - r.pad, top = out_y * r.stride - r.pad;
+        for (int dy = 0, tap = 0; dy < r.taps_h; ++dy) {
+            int        down = top + dy;
+            const bool inside = down >= 0 && down < r.seen_height;
             if (r.seen_height != r.height) {
                 down = static_cast<int>(static_cast<int64_t>(down) * r.height / r.seen_height);
             }
-            *to = x + (static_cast<int64_t>(down) * r.width + across) * r.pixel;
+            for (int dx = 0; dx < r.taps_w; ++dx, ++tap) {
+                int across = left + dx;
+                if (!inside || across < 0 || across >= r.seen_width) {
+                    to[tap * R + i] = r.zeros;
+                    continue;
+                }
+                if (r.seen_width != r.width) {
+                    across = static_cast<int>(static_cast<int64_t>(across) * r.width / r.seen_width);
+                }
+                to[tap * R + i] = x + (image * r.image + (static_cast<int64_t>(down) * r.width + across) * r.pixel) * size;
+            }
+        }
+        if (++out_x == r.out_width) {
+            out_x = 0;
+            if (++out_y == r.out_height) {
+                out_y = 0;
+                ++image;
+            }
         }
     }
 }
 
-// What R rows of a block need: where they begin for each operand and tap, or their bf16.
+// Where R rows of a block begin, for each operand and tap.
 template <int R> struct RowTile {
-#ifdef SD_BF16
-    const uint32_t * pairs[2];
-#else
-    const float * rows[2][max_taps * R];
-#endif
+    const void * rows[2][max_taps * R];
 
     RowTile(const Block & b, int64_t row) {
+        for (int i = 0; i < b.count; ++i) {
+            find_rows<R>(b.operands[i].rows, row, b.operands[i].c0, rows[i]);
+        }
 #ifdef SD_BF16
         auto * halves = static_cast<uint16_t *>(b.scratch);
-#endif
         for (int i = 0; i < b.count; ++i) {
             const Operand & o = b.operands[i];
-#ifdef SD_BF16
-            const float * begins[max_taps * R];
-            const float ** at = begins;
-#else
-            const float ** at = rows[i];
-#endif
-            for (int r = 0; r < R; ++r) {
-                find_rows(o.rows, row + r, o.c0, at + r, R);
+            const int       n = o.rows.bf16 ? 0 : o.rows.taps_w * o.rows.taps_h * R;
+            for (int at = 0; at < n; ++at, halves += even(o.length)) {
+                round_row(static_cast<const float *>(rows[i][at]), halves, o.length);
+                rows[i][at] = halves;
             }
-#ifdef SD_BF16
-            const int taps = o.rows.taps_w * o.rows.taps_h, padded = even(o.length);
-            pairs[i] = reinterpret_cast<const uint32_t *>(halves);
-            for (int r = 0; r < R; ++r) {
-                for (int tap = 0; tap < taps; ++tap, halves += padded) {
-                    round_row(begins[tap * R + r], halves, o.length);
-                }
-            }
-#endif
         }
+#endif
     }
 
     // Adds the products with panel `number` of each operand.
@@ -279,10 +294,11 @@ template <int R> struct RowTile {
             const Operand & o = b.operands[i];
             const int       taps = o.rows.taps_w * o.rows.taps_h;
 #ifdef SD_BF16
-            const int n = taps * even(o.length) / 2;
-            accumulate_pairs<R, V>(sums, pairs[i], n, n, static_cast<const uint32_t *>(o.panels) + number * n * panel, panel);
+            const int pairs = even(o.length) / 2;
+            accumulate_pairs<R, V>(sums, reinterpret_cast<const uint32_t * const *>(rows[i]), taps, pairs,
+                                   static_cast<const uint32_t *>(o.panels) + number * taps * pairs * panel, panel);
 #else
-            accumulate<R, V>(sums, rows[i], taps, o.length,
+            accumulate<R, V>(sums, reinterpret_cast<const float * const *>(rows[i]), taps, o.length,
                              static_cast<const float *>(o.panels) + number * taps * o.length * panel, panel);
 #endif
         }
@@ -293,7 +309,7 @@ template <int R> struct RowTile {
 template <bool whole, int R, int V>
 SD_INLINE void write_tile(const Block & b, const Vec (&sums)[R][V], int64_t row, int column) {
     for (int r = 0; r < R; ++r) {
-        float * y = b.y + (row + r) * b.y_row + column;
+        float * y = static_cast<float *>(b.y.data) + (row + r) * b.y_row + b.y_column + column;
         for (int v = 0; v < V; ++v) {
             const int n = whole ? lanes : b.columns - column - v * lanes;
             Vec       sum = sums[r][v];
@@ -335,7 +351,7 @@ template <int R> void gated_tile(const Block & b, int64_t row, const RowTile<R> 
                 value += load_upto(b.epilogue->bias + at, n);
                 gate += load_upto(b.epilogue->gate_bias + at, n);
             }
-            store_upto(b.y + (row + r) * b.y_row + at, value * gelu_of(gate), n);
+            put(b.y, (row + r) * b.y_row + b.y_column + at, value * gelu_of(gate), n);
         }
     }
 }
@@ -438,7 +454,13 @@ void pack_keys(const Head & h, const HeadScratch & s) {
 constexpr float nothing = -1e30f; // the score of what is not to be seen: finite, so that differences are
 
 template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
-#ifndef SD_BF16
+#ifdef SD_BF16
+    const int        pairs = even(h.size) / 2;
+    const uint32_t * rows[R];
+    for (int r = 0; r < R; ++r) {
+        rows[r] = reinterpret_cast<uint32_t *>(s.queries) + (at + r) * pairs;
+    }
+#else
     const float * rows[R];
     for (int r = 0; r < R; ++r) {
         rows[r] = s.queries + static_cast<int64_t>(at + r) * h.size;
@@ -448,9 +470,7 @@ template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int
         const void * weights = reinterpret_cast<char *>(s.keys) + (key + first) / panel * panel_bytes(1, h.size);
         Vec          sums[R][vectors] = {};
 #ifdef SD_BF16
-        const int pairs = even(h.size) / 2;
-        accumulate_pairs<R, vectors>(sums, reinterpret_cast<uint32_t *>(s.queries) + at * pairs, pairs, pairs,
-                                     static_cast<const uint32_t *>(weights), panel);
+        accumulate_pairs<R, vectors>(sums, rows, 1, pairs, static_cast<const uint32_t *>(weights), panel);
 #else
         accumulate<R, vectors>(sums, rows, 1, h.size, static_cast<const float *>(weights), panel);
 #endif
@@ -480,8 +500,7 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
     score<R>(h, s, query, at, key, keys);
     const int64_t width = up_to(h.size, lanes);
     Vec           fade[R];
-    const float * rows[R];
-    (void) rows; // of f32 products
+    const void *  rows[R];
     for (int r = 0; r < R; ++r) {
         float * scores = s.scores + r * key_block;
         rows[r] = scores;
@@ -498,6 +517,7 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
             total += p;
         }
 #ifdef SD_BF16
+        rows[r] = reinterpret_cast<uint16_t *>(s.rounded) + r * key_block;
         round_row(scores, reinterpret_cast<uint16_t *>(s.rounded) + r * key_block, keys);
 #endif
         s.most[at + r] = top;
@@ -512,10 +532,10 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
             }
         }
 #ifdef SD_BF16
-        accumulate_pairs<R, V>(sums, reinterpret_cast<uint32_t *>(s.rounded), key_block / 2, even(keys) / 2,
+        accumulate_pairs<R, V>(sums, reinterpret_cast<const uint32_t * const *>(rows), 1, even(keys) / 2,
                                reinterpret_cast<uint32_t *>(s.values) + key / 2 * width + first, width);
 #else
-        accumulate<R, V>(sums, rows, 1, keys, s.values + key * width + first, width);
+        accumulate<R, V>(sums, reinterpret_cast<const float * const *>(rows), 1, keys, s.values + key * width + first, width);
 #endif
         for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) {
@@ -571,7 +591,7 @@ void attention(const Head & h) {
         }
         for (int i = 0; i < queries; ++i) {
             for (int at = 0; at < h.size; at += lanes) {
-                store_upto(h.out + (query + i) * h.out_row + at, load(s.sums + i * width + at) / s.total[i], h.size - at);
+                put(h.out, (query + i) * h.out_row + h.out_column + at, load(s.sums + i * width + at) / s.total[i], h.size - at);
             }
         }
     }
@@ -625,20 +645,20 @@ void moments(const float * x, int64_t rows, int64_t row, int64_t channels, float
     }
 }
 
-void affine(const float * x, float * y, int64_t rows, int64_t channels, const float * scale, const float * shift,
-            Activation activation) {
-    for (int64_t r = 0; r < rows; ++r, x += channels, y += channels) {
+void affine(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * scale,
+            const float * shift, Activation activation) {
+    for (int64_t r = 0; r < rows; ++r, x += channels, first += channels) {
         for (int64_t c = 0; c < channels; c += lanes) {
             const int n = static_cast<int>(channels - c < lanes ? channels - c : lanes);
             const Vec value = load_upto(x + c, n) * load_upto(scale + c, n) + load_upto(shift + c, n);
-            store_upto(y + c, activated(value, activation), n);
+            put(y, first + c, activated(value, activation), n);
         }
     }
 }
 
-void normalise(const float * x, float * y, int64_t rows, int64_t channels, const float * weight, const float * bias, float eps,
-               bool rms) {
-    for (int64_t r = 0; r < rows; ++r, x += channels, y += channels) {
+void normalise(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * weight,
+               const float * bias, float eps, bool rms) {
+    for (int64_t r = 0; r < rows; ++r, x += channels, first += channels) {
         float mean = 0, squares = 0;
         if (!rms) {
             Vec sum{};
@@ -667,7 +687,7 @@ void normalise(const float * x, float * y, int64_t rows, int64_t channels, const
             if (bias) {
                 value += load_upto(bias + c, n);
             }
-            store_upto(y + c, value, n);
+            put(y, first + c, value, n);
         }
     }
 }

@@ -1,5 +1,6 @@
 #include "lora/lora_build.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/words.h"
 
@@ -9,13 +10,6 @@
 #include <string_view>
 
 namespace sd {
-namespace {
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
-
-} // namespace
 
 static constexpr int64_t HIGHEST_RANK = 4096;
 

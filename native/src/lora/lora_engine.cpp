@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <iterator>
 #include <map>
+#include <new>
 #include <numeric>
 #include <utility>
 
@@ -72,6 +73,22 @@ LoraEngine::LoraEngine(WeightStore & weights, const Device & device, LoraReader 
 bool LoraEngine::apply(const LoraState & wanted) {
     LoraState state = resolved(wanted);
     check(state);
+    try {
+        return change(state);
+    } catch (const std::bad_alloc &) {
+        std::set<std::string> paths;
+        for (const std::vector<LoraUse> & uses : state.images) {
+            for (const LoraUse & use : uses) {
+                paths.insert(use.path);
+            }
+        }
+        fail(Status::out_of_memory,
+             "memory for %zu LoRAs (%s) could not be had; name fewer or smaller ones, or lower lora_cache",
+             paths.size(), paths.empty() ? "none" : paths.begin()->c_str());
+    }
+}
+
+bool LoraEngine::change(LoraState state) {
     Loras loras = load(state);
     if (state == state_ && loras == loras_) {
         return false;
@@ -102,7 +119,30 @@ bool LoraEngine::apply(const LoraState & wanted) {
     }
     state_ = std::move(state);
     loras_ = std::move(loras);
+    tell(loras_);
     return true;
+}
+
+// What of a file does not act, once per file.
+void LoraEngine::tell(const Loras & loras) {
+    for (const auto & lora : loras) {
+        const LoraReport & report = lora->report;
+        if (!options_.log || !told_.insert(lora->stamp).second) {
+            continue;
+        }
+        const size_t left = report.skipped.size() + report.unmatched.size();
+        if (left > 0) {
+            options_.log(
+                Level::warning,
+                text("%s: %zu modules act, %zu modules or keys fit nothing in this model, first %s; see "
+                     "its report, or sdcpp lora inspect",
+                     lora->path.c_str(), report.applied.size(), left,
+                     (report.skipped.empty() ? report.unmatched : report.skipped).front().c_str()));
+        }
+        for (const std::string & warning : report.warnings) {
+            options_.log(Level::warning, lora->path + ": " + warning);
+        }
+    }
 }
 
 // Canonical, with real paths: two names of one file are one LoRA.

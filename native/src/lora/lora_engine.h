@@ -65,6 +65,8 @@ class LoraEngine {
     LoraState resolved(const LoraState & wanted) const;
     Loras load(const LoraState & state);
     void check(const LoraState & state) const;
+    bool change(LoraState state);
+    void tell(const Loras & loras);
     std::vector<ActiveUpdate> active(const LoraState & state, const Loras & loras) const;
     std::vector<WeightSum> sums(const LoraState & state, const Loras & loras) const;
     void rebuild(const std::vector<WeightSum> & wanted);
@@ -82,6 +84,7 @@ class LoraEngine {
     std::unique_ptr<LoraPack> pack_;   // runtime: the last set, also while nothing is in force
     Loras packed_;                     // what it is of
     bool acts_ = false;                // whether the pack is in force
+    std::set<std::string> told_;       // stamps of files whose leftovers were logged
     std::vector<WeightSum> sums_;      // restore, diff: in force
     std::set<const Weight *> touched_; // restore, diff: by anything since the last reset
     // diff: what rounding has left in the text encoders by now; 0: nothing, others never come again.

@@ -1,5 +1,6 @@
 #include "lora/lora_factors.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/half.h"
 #include "core/words.h"
@@ -36,10 +37,6 @@ bool all_finite(const std::vector<float> & values) {
         bad |= (bits_of_float(value) & 0x7f800000u) == 0x7f800000u;
     }
     return bad == 0;
-}
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
 }
 
 std::vector<int64_t> without_trailing_ones(std::vector<int64_t> shape, size_t at_least) {

@@ -6,6 +6,7 @@
 #include "lora/lora_source.h"
 
 #include <algorithm>
+#include <cctype>
 #include <tuple>
 
 namespace sd {
@@ -98,8 +99,9 @@ struct Denoiser {
 };
 
 // Throws where the file was made for another model, or nothing of it can be used.
-void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser,
-               const std::string & model) {
+void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser, std::string model) {
+    std::transform(model.begin(), model.end(), model.begin(),
+                   [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); }); // "sd1"
     const LoraReport & report = out.report;
     const int fitting = static_cast<int>(out.modules.size());
     const bool foreign = fit.other_text || fit.by_shape > fitting || denoiser.unknown > denoiser.known;

@@ -1,5 +1,7 @@
 #include "lora/lora_keys.h"
 
+#include "core/affix.h"
+
 #include <string_view>
 
 namespace sd {
@@ -89,14 +91,6 @@ constexpr Suffix SUFFIXES[] = {
     {".weight", LoraRole::weight},
     {".bias", LoraRole::bias},
 };
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
-
-bool begins_with(std::string_view text, std::string_view begin) {
-    return text.substr(0, begin.size()) == begin;
-}
 
 const Suffix * find_suffix(std::string_view key) {
     for (const Suffix & suffix : SUFFIXES) {

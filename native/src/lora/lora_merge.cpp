@@ -92,9 +92,7 @@ void LoraMerge::check_range(const Piece & piece, const std::vector<float> & rows
     }
 }
 
-void LoraMerge::prepare(const Weight & weight) {
-    weights_.make_writable(weight, options_.requantise);
-}
+void LoraMerge::prepare(const Weight & weight) { weights_.make_writable(weight, options_.requantise); }
 
 void LoraMerge::compute(const Piece & piece, bool onto_resident, std::vector<float> & rows) const {
     const WeightSum & sum = *piece.sum;

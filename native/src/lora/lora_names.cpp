@@ -1,5 +1,6 @@
 #include "lora/lora_names.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 
 #include <algorithm>
@@ -7,14 +8,6 @@
 
 namespace sd {
 namespace {
-
-bool begins_with(std::string_view text, std::string_view begin) {
-    return text.substr(0, begin.size()) == begin;
-}
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
 
 std::string flat(std::string path) {
     std::replace(path.begin(), path.end(), '.', '_');

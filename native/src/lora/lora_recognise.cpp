@@ -1,5 +1,6 @@
 #include "lora/lora_recognise.h"
 
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/words.h"
 #include "lora/lora_keys.h"
@@ -10,14 +11,6 @@
 
 namespace sd {
 namespace {
-
-bool begins_with(std::string_view text, std::string_view begin) {
-    return text.substr(0, begin.size()) == begin;
-}
-
-bool ends_with(std::string_view text, std::string_view end) {
-    return text.size() >= end.size() && text.substr(text.size() - end.size()) == end;
-}
 
 bool has(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
 
@@ -141,8 +134,9 @@ bool any_begins(const Checkpoint & file, std::initializer_list<std::string_view>
 }
 
 // The input features of a module, as far as this factor tells; 0 where it does not.
-int64_t inputs(const StoredTensor & tensor, LoraRole role) {
-    switch (role) {
+int64_t inputs(const StoredTensor & tensor) {
+    const std::optional<LoraKey> key = parse_lora_key(tensor.name);
+    switch (key ? key->role : LoraRole::known) {
     case LoraRole::down:
     case LoraRole::hada_w1_b:
     case LoraRole::diff:
@@ -164,13 +158,21 @@ std::string base_by_keys(const Checkpoint & file) {
         }
         has_joint_blocks = has_joint_blocks || has(name, "joint_blocks_") ||
                            has(name, "transformer_blocks_23_attn_add_") || has(name, "norm1_context");
+        if (begins_with(name, "transformer_blocks_") ||
+            begins_with(name, "transformer_transformer_blocks_") ||
+            begins_with(name, "lora_transformer_transformer_blocks_")) { // diffusers' names of both
+            const int64_t width = has(name, "_attn_to_") ? inputs(tensor) : 0;
+            if (width == 3072) {
+                return "FLUX";
+            }
+            has_joint_blocks = has_joint_blocks || width > 0;
+        }
         two_encoders = two_encoders || has(name, "lora_te2_text_model_") ||
                        begins_with(name, "text_encoder_2_text_model_");
         if (!has(name, "attn2_to_k") && !has(name, "attn2_to_v") && !has(name, "attn2_processor_to_")) {
             continue;
         }
-        const std::optional<LoraKey> key = parse_lora_key(tensor.name);
-        const int64_t width = key ? inputs(tensor, key->role) : 0;
+        const int64_t width = inputs(tensor);
         if (width == 768 || width == 1024 || width == 2048) {
             by_width = width == 768 ? "SD1" : width == 1024 ? "SD2" : "SDXL";
         }

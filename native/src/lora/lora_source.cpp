@@ -1,6 +1,7 @@
 #include "lora/lora_source.h"
 
 #include "checkpoint/diffusers_folder.h"
+#include "core/affix.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/words.h"
@@ -84,8 +85,6 @@ std::map<std::string, LoraGroup> group_keys(const Checkpoint & file, LoraReport 
     }
     return out;
 }
-
-bool begins_with(const std::string & text, const char * begin) { return text.rfind(begin, 0) == 0; }
 
 } // namespace
 

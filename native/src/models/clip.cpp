@@ -94,12 +94,16 @@ Value ClipText::run(Graph & g, Value x, int64_t first, int64_t end) const {
     return x;
 }
 
-Value ClipText::operator()(Graph & g, Value ids, int skip) const {
+Value ClipText::operator()(Graph & g, Value ids, int skip, const std::string & suffix) const {
     Tensor order({Graph::shape(ids)[0], 1, 1, 1});
     for (size_t i = 0; i < order.data.size(); ++i) {
         order.data[i] = static_cast<float>(i);
     }
-    Value x = g.add(tokens_(g, ids), g.embedding(positions_, g.constant_ids(std::move(order))));
+    Value x = tokens_(g, ids);
+    if (g.has_input("learned" + suffix)) {
+        x = g.replace_tokens(x, g.input("keep" + suffix), g.input("learned" + suffix));
+    }
+    x = g.add(x, g.embedding(positions_, g.constant_ids(std::move(order))));
     return run(g, x, 0, c.layers - skip + 1);
 }
 

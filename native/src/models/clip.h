@@ -58,8 +58,10 @@ class ClipText {
     // `here` holds "text_model" (HF), and "transformer" and "ln_final" (OpenCLIP).
     ClipText(const Scope & here, const ClipConfig & config);
 
-    // ids [n, chunks] -> hidden states after all but the last `skip - 1` layers: [width, n, chunks].
-    Value operator()(Graph & g, Value ids, int skip) const;
+    // ids [n, chunks] -> hidden states after all but the last `skip - 1` layers: [width, n, chunks]. Where the inputs
+    // "keep" [1, n, chunks] and "learned" [width, n, chunks] (with this suffix) are given, learned vectors stand for
+    // tokens.
+    Value operator()(Graph & g, Value ids, int skip, const std::string & suffix = "") const;
     Value norm(Graph & g, Value states) const { return norm_(g, states); }
 
     // After all layers from the states after all but the last `skip - 1`.

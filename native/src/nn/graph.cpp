@@ -94,6 +94,7 @@ Value Graph::multiply(ggml_tensor * kernel, Value x, int stride, int pad) {
 }
 
 Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
+    multiplied_.emplace_back(weight, x);
     const Adapter * adapted = adapter(weight);
     if (kernels_ && Product::can(weight->tensor) && low_rank_at_most(adapted)) {
         return fused(adapted, weight, bias, x, 1, 0);
@@ -181,6 +182,10 @@ Value Graph::geglu(Value x) {
 }
 
 Value Graph::add(Value x, Value y) { return kernels_ ? kernels_->add(x, y) : ggml_add(ctx_, x, y); }
+
+Value Graph::replace_tokens(Value x, Value keep, Value others) {
+    return ggml_add(ctx_, ggml_mul(ctx_, x, keep), others);
+}
 
 Value Graph::add_to_channels(Value x, Value y) {
     if (kernels_) {

@@ -63,6 +63,8 @@ class Graph {
 
     Value add(Value x, Value y);          // y may be broadcast over trailing dimensions
     Value add_to_channels(Value x, Value y); // [W, H, C, N] + [C, N]
+    // Tokens [C, T, N] times 1 where they stay and times 0 where others stand for them: keep [1, T, N], others [C, T, N].
+    Value replace_tokens(Value x, Value keep, Value others);
 
     // softmax(q k^T / sqrt(head size)) v, heads side by side: [C, Tq, N], [C, Tk, N] twice -> [C, Tq, N].
     // `mask` is added to the scores: [Tk, Tq], or null.
@@ -98,6 +100,8 @@ class Graph {
         Tensor values;
     };
     const std::map<std::string, Value> & inputs() const { return inputs_; }
+    // What each matrix is multiplied with: [in, ...].
+    const std::vector<std::pair<const Weight *, Value>> & multiplied() const { return multiplied_; }
     const std::map<std::string, Value> & outputs() const { return outputs_; }
     const std::vector<Constant> &        constants() const { return constants_; }
 
@@ -133,6 +137,7 @@ class Graph {
     std::unique_ptr<KernelNodes> kernels_; // null: ggml's own operations
     Value                        strengths_ = nullptr;
     std::map<std::string, Value> inputs_, outputs_;
+    std::vector<std::pair<const Weight *, Value>> multiplied_;
     std::vector<Constant>        constants_;
 };
 

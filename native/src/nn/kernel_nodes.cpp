@@ -15,9 +15,28 @@ ggml_tensor * KernelNodes::product(ProductParts parts) {
             term.seen_height = enlarged->height();
             term.x = enlarged->x();
         }
-        term.x = contiguous(term.x);
+        term.x = narrow(contiguous(term.x));
     }
     return keep(std::make_unique<Product>(set_, pool_, std::move(parts)));
+}
+
+ggml_tensor * KernelNodes::narrow(ggml_tensor * x) {
+    if (!set_.bf16 || x->type != GGML_TYPE_F32 || x->ne[0] % 2 != 0) {
+        return x;
+    }
+    if (const auto known = narrow_.find(x); known != narrow_.end()) {
+        return known->second;
+    }
+    ggml_tensor * twin = x;
+    if (const Operation * made = operation(x)) {
+        if (std::unique_ptr<Operation> operation = made->narrowed()) {
+            twin = keep(std::move(operation));
+        }
+    } else if (x->op == GGML_OP_RESHAPE) {
+        ggml_tensor * inner = narrow(x->src[0]);
+        twin = inner == x->src[0] ? x : ggml_reshape_4d(ctx_, inner, x->ne[0], x->ne[1], x->ne[2], x->ne[3]);
+    }
+    return narrow_[x] = twin;
 }
 
 ggml_tensor * KernelNodes::attention(ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, int64_t heads, float scale,
@@ -62,13 +81,17 @@ ggml_tensor * KernelNodes::add(ggml_tensor * x, ggml_tensor * y) {
     if (!ggml_are_same_shape(x, y)) {
         return ggml_add(ctx_, x, y);
     }
-    for (const auto & [sum, other] : {std::pair{y, x}, std::pair{x, y}}) {
-        const Product * made = made_by<Product>(sum);
-        if (made && !made->parts().residual && made->parts().activation != Activation::geglu) {
-            ProductParts parts = made->parts();
-            parts.residual = contiguous(other);
-            return product(std::move(parts));
-        }
+    // The later of the two is what was made to be added; the earlier one has other readers and would be computed twice.
+    const auto number = [&](ggml_tensor * of) {
+        const auto at = numbers_.find(of);
+        return at == numbers_.end() ? size_t{0} : at->second;
+    };
+    ggml_tensor * later = number(x) > number(y) ? x : y;
+    const Product * made = made_by<Product>(later);
+    if (made && !made->parts().residual && made->parts().activation != Activation::geglu) {
+        ProductParts parts = made->parts();
+        parts.residual = contiguous(later == x ? y : x);
+        return product(std::move(parts));
     }
     return keep(std::make_unique<Add>(set_, pool_, contiguous(x), contiguous(y)));
 }

@@ -41,12 +41,16 @@ class KernelNodes {
     }
 
   private:
+    // x in bf16 where products round it to that and what made it can.
+    ggml_tensor * narrow(ggml_tensor * x);
+
     template <typename Made> Made * made_by(ggml_tensor * x) const {
         const auto at = operations_.find(x);
         return at == operations_.end() ? nullptr : dynamic_cast<Made *>(at->second.get());
     }
     template <typename Made> ggml_tensor * keep(std::unique_ptr<Made> operation) {
         ggml_tensor * node = operation->append_to(ctx_);
+        numbers_[node] = numbers_.size() + 1;
         operations_.emplace(node, std::move(operation));
         return node;
     }
@@ -55,6 +59,8 @@ class KernelNodes {
     const KernelSet & set_;
     Pool &            pool_;
     std::unordered_map<const ggml_tensor *, std::unique_ptr<Operation>> operations_;
+    std::unordered_map<const ggml_tensor *, ggml_tensor *>              narrow_; // in place of what
+    std::unordered_map<const ggml_tensor *, size_t>                     numbers_; // in the order of making, from 1
 };
 
 } // namespace sd

@@ -10,6 +10,7 @@
 #include <ggml.h>
 
 #include <chrono>
+#include <optional>
 
 namespace sd {
 
@@ -51,6 +52,53 @@ struct Stopwatch {
         watch.begin = Clock::now();
         return true;
     }
+};
+
+Tensor read(Value value) {
+    Tensor out(Graph::shape(value));
+    ggml_backend_tensor_get(value, out.data.data(), 0, ggml_nbytes(value));
+    return out;
+}
+
+// Sees what matrices are multiplied with as soon as it is computed: its memory is used again later.
+class Watch {
+  public:
+    Watch(const Graph & graph, const Runner::Observer & observer) : observer_(observer) {
+        for (const auto & [matrix, x] : graph.multiplied()) {
+            if (x->type == GGML_TYPE_F32 && ggml_is_contiguous(x)) {
+                matrices_[x].push_back(matrix);
+            }
+        }
+    }
+
+    // What is given from outside is no node.
+    void see_inputs() const {
+        for (const auto & [x, matrices] : matrices_) {
+            if (x->op == GGML_OP_NONE) {
+                see(x);
+            }
+        }
+    }
+
+    static bool after(ggml_tensor * node, bool before, void * self) {
+        const auto & watch = *static_cast<const Watch *>(self);
+        if (before) {
+            return watch.matrices_.count(node) > 0;
+        }
+        watch.see(node);
+        return true;
+    }
+
+  private:
+    void see(Value x) const {
+        const Tensor values = read(x);
+        for (const Weight * matrix : matrices_.at(x)) {
+            observer_(*matrix, values);
+        }
+    }
+
+    const Runner::Observer &                      observer_;
+    std::map<Value, std::vector<const Weight *>> matrices_;
 };
 
 } // namespace
@@ -184,6 +232,12 @@ std::map<std::string, Tensor> Runner::run(const std::string & network, const Inp
     }
     Stopwatch stopwatch{profile_, at.graph.get(), network, Stopwatch::Clock::now()};
     ggml_backend_sched_set_eval_callback(at.sched.get(), profile_ ? Stopwatch::after : nullptr, &stopwatch);
+    std::optional<Watch> watch;
+    if (observer_ && !profile_) {
+        watch.emplace(*at.graph, observer_);
+        watch->see_inputs();
+        ggml_backend_sched_set_eval_callback(at.sched.get(), Watch::after, &*watch);
+    }
     switch (ggml_backend_sched_graph_compute(at.sched.get(), at.nodes)) {
     case GGML_STATUS_SUCCESS:
         break;
@@ -198,8 +252,7 @@ std::map<std::string, Tensor> Runner::run(const std::string & network, const Inp
 
     std::map<std::string, Tensor> outputs;
     for (const auto & [name, value] : at.graph->outputs()) {
-        Tensor & out = outputs.emplace(name, Tensor(Graph::shape(value))).first->second;
-        ggml_backend_tensor_get(value, out.data.data(), 0, ggml_nbytes(value));
+        outputs.emplace(name, read(value));
     }
     return outputs;
 }

@@ -15,6 +15,7 @@
 
 namespace sd {
 
+struct Weight;
 class WeightStore;
 
 using Inputs = std::map<std::string, const Tensor *>;
@@ -41,6 +42,11 @@ class Runner {
     // no longer.
     void set_profile(Profile * profile) { profile_ = profile; }
 
+    // Called in the runs that follow with each matrix and what it is multiplied with, [in, ...]; they are slower. Null: no
+    // longer. Where a profile is taken as well, that comes first.
+    using Observer = std::function<void(const Weight & matrix, const Tensor & x)>;
+    void set_observer(Observer observer) { observer_ = std::move(observer); }
+
     // Gives back the memory of all kept graphs of other networks than this.
     void keep_only(const std::string & network);
 
@@ -60,6 +66,7 @@ class Runner {
     const Adapters * adapters_ = nullptr;
     Tensor strengths_;
     Profile * profile_ = nullptr;
+    Observer observer_;
     std::list<std::unique_ptr<Plan>> plans_;
 };
 

@@ -26,7 +26,7 @@ struct WeightStore::Rewrites {
     };
     std::unordered_map<const Weight *, Private> privates;
     std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
-    std::mutex device; // one transfer at a time
+    std::mutex device;                              // one transfer at a time
 };
 
 namespace {

@@ -57,13 +57,13 @@ ggml_type resident_type(const Weight & weight) {
     const bool  kernel = weight.ne[2] * weight.ne[3] > 1;
     const bool  mixed = std::any_of(weight.pieces.begin(), weight.pieces.end(),
                                     [&](const StoredRows & piece) { return piece.tensor->type != type; });
+    const bool  eighth = type == DType::f8_e4m3 || type == DType::f8_e5m2;
+    const bool  half = type == DType::f16 || eighth; // every 8-bit float is exact in f16
     // Products with f16 round what they multiply to f16 first, which ends at 65504.
-    const bool eighth = type == DType::f8_e4m3 || type == DType::f8_e5m2;
-    const bool small = type == DType::f16 || eighth || mixed;
-    if (type == DType::f64 || vector || (weight.wide && small) || (kernel && type != DType::f16 && !eighth)) {
+    if (type == DType::f64 || vector || mixed || (weight.wide && half) || (kernel && !half)) {
         return GGML_TYPE_F32;
     }
-    return small ? GGML_TYPE_F16 : static_cast<ggml_type>(type); // every 8-bit float is exact in f16
+    return half ? GGML_TYPE_F16 : static_cast<ggml_type>(type);
 }
 
 bool is_weight_type(DType type) {

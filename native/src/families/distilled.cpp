@@ -1,0 +1,74 @@
+#include "families/distilled.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+
+namespace sd {
+namespace {
+
+struct Distilled {
+    const char * mark; // in the words of the name
+    Defaults     defaults;
+};
+
+// As their authors say; guidance is part of what was distilled.
+constexpr Distilled KINDS[] = {
+    {"lightning", {4, 1.0f, "euler", "simple", 0}}, // Lin et al., 2024, https://arxiv.org/abs/2402.13929
+    {" hyper sd", {8, 1.0f, "euler", "simple", 0}}, // Ren et al., 2024, https://arxiv.org/abs/2404.13686
+    {"turbo", {4, 1.0f, "euler_a", "simple", 0}},   // Sauer et al., 2023, https://arxiv.org/abs/2311.17042
+    {" lcm ", {4, 1.0f, "lcm", "simple", 0}},         // Luo et al., 2023, https://arxiv.org/abs/2310.04378
+};
+
+constexpr int most_steps = 16; // that a name can mean
+
+// Small letters and digits; around words, whatever stood there, is one space.
+std::string words_of(const std::string & path) {
+    std::filesystem::path at = std::filesystem::u8path(path);
+    at = at.has_filename() ? at : at.parent_path();
+    std::string out = " ";
+    for (const char c : at.filename().u8string()) {
+        const bool capital = c >= 'A' && c <= 'Z', small = c >= 'a' && c <= 'z', digit = c >= '0' && c <= '9';
+        if (capital || small || digit) {
+            out += capital ? static_cast<char>(c - 'A' + 'a') : c;
+        } else if (out.back() != ' ') {
+            out += ' ';
+        }
+    }
+    return out + ' ';
+}
+
+// The number before "step" or "steps"; 0 where there is none.
+int steps_of(const std::string & words) {
+    size_t end = words.find("step");
+    end = end != std::string::npos && end > 1 && words[end - 1] == ' ' ? end - 1 : end;
+    size_t begin = end;
+    while (begin != std::string::npos && begin > 0 && words[begin - 1] >= '0' && words[begin - 1] <= '9') {
+        --begin;
+    }
+    const int steps = end == std::string::npos ? 0 : std::atoi(words.substr(begin, end - begin).c_str());
+    return steps >= 1 && steps <= most_steps ? steps : 0;
+}
+
+} // namespace
+
+Defaults defaults_for(const std::string & path, const Defaults & usual) {
+    const std::string words = words_of(path);
+    for (const Distilled & kind : KINDS) {
+        if (words.find(kind.mark) != std::string::npos) {
+            Defaults out = kind.defaults;
+            out.steps = steps_of(words) > 0 ? steps_of(words) : out.steps;
+            out.clip_skip = usual.clip_skip;
+            return out;
+        }
+    }
+    return usual;
+}
+
+bool is_sdxl_turbo(const std::string & path) {
+    std::string words = words_of(path);
+    words.erase(std::remove(words.begin(), words.end(), ' '), words.end());
+    return words.rfind("sdxlturbo", 0) == 0;
+}
+
+} // namespace sd

@@ -1,0 +1,17 @@
+// Models that were distilled to paint in a few steps. Nothing in their weights tells; their names do.
+#pragma once
+
+#include "families/family.h"
+
+#include <string>
+
+namespace sd {
+
+// What a request takes where it says nothing: `usual`, or what a distilled model needs, by the name of its file or
+// folder: "sdxl_lightning_4step.safetensors", "sdxl-turbo".
+Defaults defaults_for(const std::string & path, const Defaults & usual);
+
+// Whether this is Stability's own SDXL Turbo, which was trained at 512 pixels.
+bool is_sdxl_turbo(const std::string & path);
+
+} // namespace sd

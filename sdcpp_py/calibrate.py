@@ -1,0 +1,60 @@
+"""Importance matrices from calibration runs: what matrices are multiplied with while pictures are painted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .context import AnyPath, SDContext
+from .errors import BadArgument, Cancelled
+from .weights.imatrix import write_imatrix
+
+OnProgress = Callable[[int, int, str], Any]
+
+
+def calibrate(
+    model: AnyPath,
+    target: AnyPath,
+    prompts: Sequence[str],
+    *,
+    steps: int = 20,
+    size: int | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Paints pictures and writes which columns of the matrices matter for them, for ``convert(imatrix=…)``.
+
+    Args:
+        model: The model to be quantised, in a type that it paints well in.
+        target: The importance matrix to write: .gguf.
+        prompts: What to paint; some dozens that are like what the model will be asked for.
+        steps: Of each picture.
+        size: Width and height in pixels; None: the model's own.
+        seed: Of the first picture; picture k has seed + k.
+        threads: Of the CPU; None: one per core.
+        on_progress: Called with the steps that are done, all steps, and the prompt; False stops.
+
+    Returns:
+        Of how many matrices it is.
+
+    Raises:
+        BadArgument: No prompts.
+        Cancelled: ``on_progress`` said so.
+        SdcppError: As ``SDContext`` and ``generate``.
+    """
+    if not prompts:
+        raise BadArgument("prompts: name at least one picture to paint")
+    with SDContext(model, threads=threads) as sd_ctx:
+        sd_ctx._native.collect_importance(True)
+        for k, prompt in enumerate(prompts):
+
+            def on_step(step: int, of: int, _: object, k: int = k, prompt: str = prompt) -> bool:
+                answer = None if on_progress is None else on_progress(k * of + step, len(prompts) * of, prompt)
+                return answer is None or bool(answer)
+
+            try:
+                sd_ctx.generate(prompt, steps=steps, width=size, height=size, seed=seed + k, on_step=on_step)
+            except Cancelled as error:
+                raise Cancelled(f"{target}: stopped; nothing was written") from error
+        sums = sd_ctx._native.importance()
+    write_imatrix(target, sums, len(prompts))
+    return len(sums)
