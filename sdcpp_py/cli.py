@@ -1,4 +1,4 @@
-"""The command line: sdcpp generate, lora, info, bench, doctor; convert and quality are in cli_weights.py.
+"""The command line: sdcpp generate, info, bench, doctor; more is in cli_lora.py and cli_weights.py.
 
 An error is one sentence on stderr and exit code 1, wrong usage gives 2, Ctrl-C 130.
 """
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from . import __version__, _native, bench, cli_weights, doctor, files
+from .cli_lora import app as lora_app
 from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
 from .context import SDContext
 from .errors import BadArgument, Io
@@ -27,8 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-lora_app = typer.Typer(no_args_is_help=True)
-app.add_typer(lora_app, name="lora", help="Look into LoRA files.")
+app.add_typer(lora_app, name="lora", help="Look into LoRA files; convert, merge, resize, extract and bake them.")
 cli_weights.add_to(app)
 
 
@@ -233,27 +233,6 @@ def _numbered(first: Path) -> Iterator[Path]:
     yield first
     for k in itertools.count(2):
         yield first.with_stem(f"{first.stem}-{k}")
-
-
-# ---- LoRA ----------------------------------------------------------------------------------------------
-
-
-@lora_app.command("inspect")
-def inspect_lora(
-    file: Annotated[Path, typer.Argument(help="A LoRA file, or a folder that PEFT saved.", show_default=False)],
-    model: Annotated[
-        Path | None, typer.Option("-m", "--model", help="Model to fit it to. [default: the one that ships]")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
-) -> None:
-    """Show what a LoRA file holds, and what of it fits a model."""
-    set_up_log(verbose=False)
-    with one_sentence(), SDContext(model) as sd_ctx:
-        report = sd_ctx.inspect_lora(file)
-        if as_json:
-            typer.echo(report.to_json())
-        else:
-            Console().print(report.table())
 
 
 # ---- info and doctor -----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ ContextClass bind_context(py::module_ & m);
 void bind_generate(py::module_ & m, ContextClass & context);
 void bind_loras(ContextClass & context);
 void bind_weights(py::module_ & m);
+void bind_lora_files(py::module_ & m);
 void bind_probe(py::module_ & m);
 
 } // namespace binding

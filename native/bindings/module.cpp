@@ -34,6 +34,7 @@ PYBIND11_MODULE(_native, m) {
     bind_generate(m, context);
     bind_loras(context);
     bind_weights(m);
+    bind_lora_files(m);
     bind_probe(m);
 
     m.def("version", [] { return text(sd_version()); });

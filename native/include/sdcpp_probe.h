@@ -98,6 +98,72 @@ typedef void (*sd_probe_stored)(const char * name, const char * type, const int6
                                 const void * data, size_t bytes, void * user);
 SD_API sd_status sd_probe_checkpoint(const char * path, sd_probe_stored each, void * user);
 
+// ---- LoRA files without a model ------------------------------------------------------------------------
+// A file is read against an outline: the names and shapes of the weights that a model of the family has.
+
+typedef struct sd_outline_part {
+    const char * diffusers_name;
+    int64_t      first_row, rows;
+    bool         swap_halves; // diffusers has the two halves of these rows the other way round
+} sd_outline_part;
+
+typedef struct sd_outline_weight {
+    const char *            name;           // as single files spell it
+    const char *            diffusers_name; // "" where it is fused
+    int64_t                 ne[4];
+    bool                    table; // of embeddings
+    const sd_outline_part * parts;
+    int                     n_parts;
+} sd_outline_weight;
+
+typedef struct sd_lora_file sd_lora_file;
+
+// Opens a LoRA file; `*json` is its report without what a model would tell, and lives as long as the file.
+SD_API sd_status sd_lora_file_open(const char * path, const sd_outline_weight * weights, int n_weights,
+                                   sd_lora_file ** file, const char ** json);
+SD_API void      sd_lora_file_close(sd_lora_file * file);
+
+// The tensors of one module, by the stem of their keys.
+typedef struct sd_lora_stem {
+    const char * stem;
+    const char * format;        // "kohya", "peft", ...
+    int          weight, bias;  // what the stem means in the outline; -1: nothing
+    int64_t      first_row, rows; // of the weight or, where there is none, of the bias
+    int64_t      out, columns;  // sizes that the tensors themselves state; 0: not stated
+    int          kh, kw;        // 0: no kernel, or one that lies unfolded in the columns
+    bool         absent;        // the outline lacks its whole component
+    const char * type;          // of the largest tensor
+    int64_t      elements, bytes;
+} sd_lora_stem;
+SD_API bool sd_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem);
+
+typedef struct sd_lora_factor {
+    const char *  role;     // as LoraKind lists them; DoRA's is "magnitude"
+    int           dims;
+    int64_t       shape[4]; // numpy's order
+    const float * data;
+} sd_lora_factor;
+
+typedef struct sd_lora_module {
+    const char * kind; // "lora", "loha", ...
+    int          weight;
+    int64_t      first_row, rows;
+    bool         swap_halves;
+    double       scale;
+    bool         on_input, magnitude_of_columns;
+    double       constraint; // of OFT; below 0: none
+    const sd_lora_factor * factors;
+    int          n_factors;
+} sd_lora_module;
+typedef void (*sd_receive_module)(const sd_lora_module * module, void * user);
+
+// Reads the modules of one stem, one call each.
+SD_API sd_status sd_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user);
+
+// The change [columns, rows] that one of them makes; `base` (its rows of the pristine weight) may be NULL.
+SD_API sd_status sd_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base,
+                                    float multiplier, sd_receive receive, void * user);
+
 #ifdef __cplusplus
 }
 #endif

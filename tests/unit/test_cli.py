@@ -190,6 +190,7 @@ def run(*arguments: str, **options: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs of a shell inherit "ignored"
         **options,
     )
 

@@ -1,115 +1,16 @@
 #include "lora/lora_file.h"
 
-#include "checkpoint/diffusers_folder.h"
-#include "core/affix.h"
 #include "core/error.h"
-#include "core/file.h"
 #include "core/words.h"
 #include "lora/lora_build.h"
-#include "lora/lora_recognise.h"
+#include "lora/lora_source.h"
 
 #include <algorithm>
 #include <cctype>
-#include <filesystem>
 #include <tuple>
 
 namespace sd {
 namespace {
-
-namespace fs = std::filesystem;
-
-constexpr size_t MOST_TENSORS = 1'000'000;
-
-bool is_file(const std::string & path) {
-    std::error_code ignored;
-    return fs::is_regular_file(fs::u8path(path), ignored);
-}
-
-// The file that a folder means.
-std::string file_of(const std::string & path) {
-    if (!is_folder(path)) {
-        return path;
-    }
-    for (const char * name : {"adapter_model.safetensors", "pytorch_lora_weights.safetensors"}) {
-        const std::string file = path_in(path, name);
-        if (is_file(file)) {
-            return file;
-        }
-    }
-    for (const char * name : {"adapter_model.bin", "pytorch_lora_weights.bin"}) {
-        if (is_file(path_in(path, name))) {
-            fail(Status::unsupported,
-                 "%s: has its LoRA as a pickle only (%s), which could run programs and is not opened here; "
-                 "convert it to safetensors",
-                 path.c_str(), name);
-        }
-    }
-    fail(Status::bad_file,
-         "%s: is a folder without adapter_model.safetensors or pytorch_lora_weights.safetensors",
-         path.c_str());
-}
-
-// What PEFT says beside its file; "" for files of others.
-std::string adapter_config_of(const std::string & file) {
-    const fs::path at = fs::u8path(file);
-    const fs::path config = at.parent_path() / "adapter_config.json";
-    if (at.filename() != "adapter_model.safetensors" || !is_file(config.u8string())) {
-        return "";
-    }
-    const MappedFile text(config.u8string());
-    return {reinterpret_cast<const char *>(text.data()), text.size()};
-}
-
-using Groups = std::map<std::string, LoraGroup>;
-
-// Sorts keys by their stems, whatever their order in the file; those of no known suffix, and what is no
-// update, go into the report.
-Groups group_keys(const Checkpoint & file, LoraReport & report) {
-    Groups out;
-    std::vector<std::string> bundled;
-    for (const StoredTensor & tensor : file.tensors()) {
-        std::optional<LoraKey> key = parse_lora_key(tensor.name);
-        if (!key) {
-            report.unmatched.push_back(printable(tensor.name));
-        } else if (key->role == LoraRole::bundled) {
-            bundled.push_back(printable(tensor.name));
-        } else if (key->role != LoraRole::known) {
-            LoraGroup & group = out[key->stem];
-            group.stem = key->stem;
-            group.members.push_back({std::move(*key), &tensor});
-        }
-    }
-    for (auto & [stem, group] : out) {
-        std::sort(group.members.begin(), group.members.end(),
-                  [](const auto & a, const auto & b) { return a.tensor->name < b.tensor->name; });
-    }
-    if (!bundled.empty()) {
-        report.warnings.push_back(
-            text("brings %zu tensors of textual inversions along, which are not used, first %s",
-                 bundled.size(), bundled[0].c_str()));
-    }
-    return out;
-}
-
-// The convention by which a stem and its suffixes are spelled.
-std::string format_of(const LoraGroup & group) {
-    std::string by_suffix;
-    for (const LoraGroup::Member & member : group.members) {
-        by_suffix = by_suffix.empty() ? member.key.format : by_suffix;
-    }
-    if (begins_with(group.stem, "lora_transformer_")) {
-        return "onetrainer";
-    }
-    if (by_suffix == "lycoris" || begins_with(group.stem, "lycoris_")) {
-        return "lycoris";
-    }
-    if (by_suffix == "xlabs" || group.stem.find("_blocks.") == std::string::npos) {
-        return by_suffix.empty() ? "kohya" : by_suffix;
-    }
-    const bool comfy =
-        begins_with(group.stem, "diffusion_model.") || begins_with(group.stem, "text_encoders.");
-    return comfy ? "comfy" : by_suffix.empty() ? "plain" : by_suffix;
-}
 
 bool same_factors(const LoraModule & a, const LoraModule & b) {
     const auto same = [](const Factor & x, const Factor & y) {
@@ -237,28 +138,12 @@ void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoi
 } // namespace
 
 LoraFile read_lora(const std::string & path, const LoraNames & names, const std::string & model) {
-    const std::string at = file_of(path);
-    const Checkpoint file = Checkpoint::open(at);
-    if (file.tensors().size() > MOST_TENSORS) {
-        fail(Status::bad_file, "%s: has %s tensors, where %s is the most that a LoRA may have", at.c_str(),
-             grouped(file.tensors().size()).c_str(), grouped(MOST_TENSORS).c_str());
-    }
-    refuse_other_kinds(file);
-
     LoraFile out;
     LoraReport & report = out.report;
-    report.path = path;
-    report.metadata = file.metadata();
-    report.base_model = guess_base_model(file);
-    const LoraConfig config(file.metadata(), adapter_config_of(at), at);
-    report.warnings = config.warnings();
-    const Groups groups = group_keys(file, report);
-    const bool flags_ia3 = std::any_of(groups.begin(), groups.end(), [](const auto & entry) {
-        return entry.second.find(LoraRole::on_input) != nullptr;
-    });
-    LoraBuilder builder(names, config, flags_ia3, report);
+    const LoraSource source(path, report);
+    LoraBuilder builder(names, source.config, source.flags_ia3, report);
     Denoiser denoiser;
-    for (const auto & [stem, group] : groups) {
+    for (const auto & [stem, group] : source.groups) {
         const size_t before = out.modules.size();
         const bool known = builder.add(group, out.modules);
         const bool absent = !known && names.lacks_component(stem);
@@ -279,7 +164,7 @@ LoraFile read_lora(const std::string & path, const LoraNames & names, const std:
     check_fit(out, builder.fit(), denoiser, model);
     drop_duplicates(out.modules, report);
     count_modules(out);
-    file.verify_unchanged("it was read; ask for it again");
+    source.file.verify_unchanged("it was read; ask for it again");
     return out;
 }
 

@@ -147,7 +147,8 @@ int64_t inputs(const StoredTensor & tensor) {
 }
 
 std::string base_by_keys(const Checkpoint & file) {
-    bool two_encoders = false;
+    bool two_encoders = false, has_joint_blocks = false; // FLUX has blocks that SD 3 calls the same
+    std::string by_width;
     for (const StoredTensor & tensor : file.tensors()) {
         std::string name = tensor.name;
         std::replace(name.begin(), name.end(), '.', '_');
@@ -155,17 +156,16 @@ std::string base_by_keys(const Checkpoint & file) {
             has(name, "single_transformer_blocks_")) {
             return "FLUX";
         }
-        if (has(name, "joint_blocks_") || has(name, "transformer_blocks_23_attn_add_") ||
-            has(name, "norm1_context")) {
-            return "SD3";
-        }
+        has_joint_blocks = has_joint_blocks || has(name, "joint_blocks_") ||
+                           has(name, "transformer_blocks_23_attn_add_") || has(name, "norm1_context");
         if (begins_with(name, "transformer_blocks_") ||
             begins_with(name, "transformer_transformer_blocks_") ||
             begins_with(name, "lora_transformer_transformer_blocks_")) { // diffusers' names of both
             const int64_t width = has(name, "_attn_to_") ? inputs(tensor) : 0;
-            if (width > 0) {
-                return width == 3072 ? "FLUX" : "SD3";
+            if (width == 3072) {
+                return "FLUX";
             }
+            has_joint_blocks = has_joint_blocks || width > 0;
         }
         two_encoders = two_encoders || has(name, "lora_te2_text_model_") ||
                        begins_with(name, "text_encoder_2_text_model_");
@@ -174,10 +174,10 @@ std::string base_by_keys(const Checkpoint & file) {
         }
         const int64_t width = inputs(tensor);
         if (width == 768 || width == 1024 || width == 2048) {
-            return width == 768 ? "SD1" : width == 1024 ? "SD2" : "SDXL";
+            by_width = width == 768 ? "SD1" : width == 1024 ? "SD2" : "SDXL";
         }
     }
-    return two_encoders ? "SDXL" : "";
+    return has_joint_blocks ? "SD3" : !by_width.empty() ? by_width : two_encoders ? "SDXL" : "";
 }
 
 std::string base_by_metadata(const Checkpoint & file) {

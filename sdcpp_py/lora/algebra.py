@@ -1,0 +1,298 @@
+"""Linear algebra of updates: exact low-rank forms of every kind, their sums, and sums of a lower rank."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadArgument
+from .source import Change, Floats
+
+_EXACT_SIDE: Final = 1024  # up to this smaller side a whole SVD costs nothing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update weight · up · down of some rows of a module.
+
+    Attributes:
+        down: (rank, columns)
+        up: (rows, rank), in the model's order of rows.
+        weight: What the product is multiplied by.
+        first: The first of the rows.
+    """
+
+    down: Floats = field(repr=False)
+    up: Floats = field(repr=False)
+    weight: float = 1.0
+    first: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Columns of up."""
+        return int(self.down.shape[0])
+
+    def dense(self) -> Floats:
+        """(rows, columns)"""
+        up: Floats = self.up * np.float32(self.weight)
+        return up @ self.down
+
+    def folded(self) -> "Pair":
+        """The same with the weight in up."""
+        return self if self.weight == 1 else replace(self, up=self.up * np.float32(self.weight), weight=1.0)
+
+
+# ---- kinds ---------------------------------------------------------------------------------------------
+
+
+def exact_pair(change: Change, base: Floats | None = None) -> Pair:
+    """A change of a matrix as one product, without loss but for rounding.
+
+    LoRA, LoCon with a Tucker core, LoHa (rank r², Khatri-Rao) and LoKr (the product of both factors' ranks) keep
+    what rank they have; anything else becomes the identity times the change itself.
+
+    Args:
+        change: Of a weight, not of a vector.
+        base: The pristine rows that it changes, for kinds that depend on them.
+    """
+    f = change.factors
+    if change.needs_base:
+        pair = of_dense(change.dense(base))
+    elif change.kind == "lora":
+        pair = _unswapped(change, _tucker(f["mid"], f["down"]) if "mid" in f else _flat(f["down"]), f["up"])
+    elif change.kind == "loha":
+        (up1, down1), (up2, down2) = (_loha_half(change, n) for n in "12")
+        up: Floats = np.einsum("oi,oj->oij", up1, up2).reshape(up1.shape[0], -1)
+        down: Floats = np.einsum("ic,jc->ijc", down1, down2).reshape(-1, down1.shape[1])
+        pair = _unswapped(change, down, up)
+    elif change.kind == "lokr":
+        (up1, down1), (up2, down2) = _lokr_half(change, "1"), _lokr_half(change, "2")
+        if up1.shape[1] * up2.shape[1] >= min(change.rows, change.columns):
+            return replace(of_dense(change.dense()), first=change.first)
+        pair = _unswapped(change, np.kron(down1, down2), np.kron(up1, up2))
+    else:
+        pair = of_dense(change.dense())
+    return replace(pair, first=change.first)
+
+
+def _flat(factor: Floats) -> Floats:
+    return factor.reshape(factor.shape[0], -1)
+
+
+def _tucker(core: Floats, down: Floats) -> Floats:
+    """sum over q of core[p, q, y, x] down[q, i], with rows p and columns (i, y, x)."""
+    out: Floats = np.einsum("pqyx,qi->piyx", core, down.reshape(down.shape[:2]))
+    return _flat(out)
+
+
+def _loha_half(change: Change, n: str) -> tuple[Floats, Floats]:
+    f = change.factors
+    a, b, core = f[f"w{n}_a"], f[f"w{n}_b"], f.get(f"t{n}")
+    return (a, _flat(b)) if core is None else (a.T, _tucker(core, b))
+
+
+def _lokr_half(change: Change, n: str) -> tuple[Floats, Floats]:
+    f = change.factors
+    if f"w{n}" in f:
+        whole = _flat(f[f"w{n}"])
+        one = np.eye(min(whole.shape), dtype=np.float32)
+        return (one, whole) if whole.shape[0] <= whole.shape[1] else (whole, one)
+    a, b, core = f[f"w{n}_a"], f[f"w{n}_b"], f.get("t2") if n == "2" else None
+    return (a, _flat(b)) if core is None else (a.T, _tucker(core, b))
+
+
+def _unswapped(change: Change, down: Floats, up: Floats) -> Pair:
+    return Pair(down, swap_halves(up) if change.swaps else up, change.scale)
+
+
+def of_dense(delta: Floats, first: int = 0) -> Pair:
+    """A dense change as a product with the identity."""
+    rows, columns = delta.shape
+    one = np.eye(min(rows, columns), dtype=np.float32)
+    return Pair(delta, one, 1.0, first) if rows <= columns else Pair(one, delta, 1.0, first)
+
+
+def swap_halves(rows: Floats) -> Floats:
+    """With the upper half of the rows below the lower one."""
+    return np.roll(rows, rows.shape[0] // 2, axis=0)
+
+
+# ---- sums ----------------------------------------------------------------------------------------------
+
+
+def within(pair: Pair, first: int, rows: int) -> Pair | None:
+    """What a pair does to the rows [first, first + rows), as a pair of these rows; None: nothing.
+
+    Parts that were fused as blocks of a diagonal get their own rank back.
+    """
+    begin, end = max(first, pair.first), min(first + rows, pair.first + pair.up.shape[0])
+    if begin >= end:
+        return None
+    part = pair.up[begin - pair.first : end - pair.first]
+    down = pair.down
+    if part.shape[0] < pair.up.shape[0]:
+        used = part.any(axis=0)
+        if not used.any():
+            return None
+        if not used.all():
+            part, down = part[:, used], down[used]
+    if part.shape[0] < rows:
+        whole = np.zeros((rows, part.shape[1]), np.float32)
+        whole[begin - first : end - first] = part
+        part = whole
+    return Pair(down, part, pair.weight, first)
+
+
+def total(pairs: Iterable[Pair]) -> Pair | None:
+    """The sum of pairs of the same rows, exactly: factors side by side, and those with the same down in one."""
+    shared: dict[bytes, Pair] = {}
+    for pair in pairs:
+        key = hashlib.blake2b(np.ascontiguousarray(pair.down).data, digest_size=16).digest()
+        before = shared.get(key)
+        if before is None:
+            shared[key] = pair
+        elif before.weight == pair.weight:
+            shared[key] = replace(before, up=before.up + pair.up)
+        else:
+            shared[key] = replace(before.folded(), up=before.folded().up + pair.folded().up)
+    kept = list(shared.values())
+    if len(kept) < 2:
+        return kept[0] if kept else None
+    if len({pair.weight for pair in kept}) > 1:
+        kept = [pair.folded() for pair in kept]
+    down = np.concatenate([pair.down for pair in kept])
+    return Pair(down, np.concatenate([pair.up for pair in kept], axis=1), kept[0].weight, kept[0].first)
+
+
+def norm(pair: Pair) -> float:
+    """The Frobenius norm of the product, by QR of both factors (float64), which loses nothing to cancellation."""
+    if min(pair.up.shape[0], pair.down.shape[1]) <= pair.rank:
+        return float(np.linalg.norm(pair.dense().astype(np.float64)))
+    _, r_up = np.linalg.qr(pair.up.astype(np.float64))
+    _, r_down = np.linalg.qr(pair.down.astype(np.float64).T)
+    return abs(pair.weight) * float(np.linalg.norm(r_up @ r_down.T))
+
+
+# ---- lower ranks ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A pair of a lower rank, and what was lost.
+
+    Attributes:
+        pair: Balanced: both factors carry the root of each singular value.
+        residual: What was left out, relative to the whole: |rest| / |whole| (Frobenius).
+        norm: |whole|.
+    """
+
+    pair: Pair
+    residual: float
+    norm: float
+
+
+def cut(values: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
+    """How many singular values to keep: at most `rank`, and no more than hold this share of the sum of squares."""
+    keep = len(values)
+    if energy is not None:
+        squares = np.cumsum(values**2)
+        keep = int(np.searchsorted(squares, energy * squares[-1] * (1 - 1e-12))) + 1 if squares[-1] > 0 else 1
+    if rank is not None:
+        keep = min(keep, rank)
+    return max(1, min(keep, len(values)))
+
+
+def check_rank(rank: int | None, energy: float | None) -> None:
+    """Raises BadArgument where they ask for nothing that there is."""
+    if rank is not None and rank < 1:
+        raise BadArgument(f"rank {rank}: must be 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise BadArgument(f"energy {energy}: must be a share such as 0.95")
+
+
+def reduce_pair(pair: Pair, rank: int | None, energy: float | None = None) -> Reduced:
+    """The nearest pair of a lower rank: QR of both factors, SVD of the small product between (float64)."""
+    q_up, r_up = np.linalg.qr(pair.up.astype(np.float64))
+    q_down, r_down = np.linalg.qr(pair.down.astype(np.float64).T)
+    u, s, vt = np.linalg.svd(pair.weight * (r_up @ r_down.T), full_matrices=False)
+    return _reduced(q_up @ u, s, vt @ q_down.T, rank, energy, float(np.linalg.norm(s)), pair.first)
+
+
+def reduce_dense(delta: Floats, rank: int | None, energy: float | None = None, first: int = 0) -> Reduced:
+    """The nearest pair of a rank to a dense change (rows, columns).
+
+    Where a small rank of a large matrix is asked for, by subspace iteration (Halko, Martinsson, Tropp 2011,
+    algorithm 4.4) until the values stand still; else by LAPACK's SVD.
+    """
+    side = min(delta.shape)
+    norm = float(np.linalg.norm(delta.astype(np.float64)))
+    if rank is None or energy is not None or side <= _EXACT_SIDE or 4 * rank > side:
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        return _reduced(u, s.astype(np.float64), vt, rank, energy, norm, first)
+    width = min(side, rank + max(16, rank // 2))
+    basis = np.linalg.qr(delta @ np.random.default_rng(0).standard_normal((delta.shape[1], width), np.float32))[0]
+    before = np.zeros(rank)
+    for _ in range(32):
+        across = np.linalg.qr(delta.T @ basis)[0]
+        basis, small = np.linalg.qr(delta @ across)
+        values = np.linalg.svd(small, compute_uv=False)[:rank].astype(np.float64)
+        if np.abs(values - before).max() <= 1e-5 * max(values[0], 1e-30):
+            break
+        before = values
+    u, s, vt = np.linalg.svd(basis.T @ delta, full_matrices=False)
+    return _reduced(basis @ u, s.astype(np.float64), vt, rank, None, norm, first)
+
+
+def _reduced(
+    u: NDArray[np.floating],
+    s: NDArray[np.float64],
+    vt: NDArray[np.floating],
+    rank: int | None,
+    energy: float | None,
+    norm: float,
+    first: int,
+) -> Reduced:
+    keep = cut(s, rank, energy)
+    root = np.sqrt(s[:keep])
+    up = (u[:, :keep] * root).astype(np.float32)
+    down = (root[:, None] * vt[:keep]).astype(np.float32)
+    kept = float(np.sum(s[:keep] ** 2))
+    rest = float(np.sum(s[keep:] ** 2)) if math.isclose(norm**2, float(np.sum(s**2)), rel_tol=1e-6) else norm**2 - kept
+    return Reduced(Pair(down, up, 1.0, first), math.sqrt(max(0.0, rest)) / norm if norm else 0.0, norm)
+
+
+# ---- other ways to merge ---------------------------------------------------------------------------------
+
+
+def dare(delta: Floats, density: float, rng: np.random.Generator) -> Floats:
+    """Elements drop out at random and the rest grows to make up for it (DARE, arXiv 2311.03099)."""
+    kept = rng.random(delta.shape, np.float32) < density
+    out: Floats = delta * kept / np.float32(density)
+    return out
+
+
+def trim(delta: Floats, density: float) -> Floats:
+    """Only the largest elements by magnitude stay, this share of them."""
+    keep = int(density * delta.size)
+    if keep >= delta.size:
+        return delta
+    out = np.zeros_like(delta)
+    if keep > 0:
+        at = np.argpartition(np.abs(delta), delta.size - keep, axis=None)[delta.size - keep :]
+        out.flat[at] = delta.flat[at]
+    return out
+
+
+def ties(deltas: Sequence[Floats], density: float) -> Floats:
+    """Trimmed changes, already weighted, of which each element averages those that agree with the sign of the sum
+    (TIES, arXiv 2306.01708, sections 3 and 4)."""
+    trimmed = np.stack([trim(delta, density) for delta in deltas])
+    elected = np.sign(trimmed.sum(axis=0))
+    agrees = (np.sign(trimmed) == elected) & (trimmed != 0)
+    counts = np.maximum(agrees.sum(axis=0), 1)
+    out: Floats = ((trimmed * agrees).sum(axis=0) / counts).astype(np.float32)
+    return out

@@ -1,0 +1,229 @@
+"""A checkpoint's weights by the modules of its family, read one at a time: what LoRAs are taken from and put into."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from ..errors import BadFile
+from ..weights import open_source
+from .outline import DIFFUSERS, LINEAR, UNet, outline_of
+from .source import Floats, Size
+
+# Where files keep each component, under original names.
+_HOMES: Final = {
+    "denoiser": ("model.diffusion_model.", "diffusion_model.", ""),
+    "clip": (
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_l.transformer.",
+    ),
+    "clip_2": ("text_encoders.clip_g.transformer.",),
+    "t5": ("text_encoders.t5xxl.transformer.",),
+}
+_OPEN_CLIP: Final = {
+    "clip": "cond_stage_model.model.transformer.resblocks.",
+    "clip_2": "conditioner.embedders.1.model.transformer.resblocks.",
+}
+_OPEN_CLIP_NAMES: Final = {
+    "attn.out_proj.": "self_attn.out_proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a parameter, or a part of its rows, lies.
+
+    Attributes:
+        tensor: Its number in the checkpoint.
+        module: The module that it belongs to.
+        leaf: "weight" or "bias".
+        first: The first row of the module that it holds, in units.
+        units: How many units of rows.
+        swaps: Whether it has the halves of these rows the other way round.
+        part: Which part of the tensor it is, and of how many; (0, 1) is all of it.
+    """
+
+    tensor: int
+    module: int
+    leaf: str
+    first: int
+    units: int
+    swaps: bool
+    part: tuple[int, int] = (0, 1)
+
+
+class Model:
+    """A checkpoint, opened.
+
+    Attributes:
+        path: The file, or the diffusers folder.
+        outline: The modules of its family, in its own structure.
+        sizes: Of the weights that it has.
+        tensors: Everything in it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Finds out which weight is where; reads none.
+
+        Raises:
+            BadFile: It is damaged, or no model of a known family.
+            Unsupported: It is a pickle.
+            Io: It cannot be read.
+        """
+        self.path = Path(path)
+        self.source = open_source(self.path)
+        self.tensors = self.source.tensors
+        names = [tensor.name for tensor in self.tensors]
+        self.outline = outline_of(*_structure(self.path, names, [tensor.shape for tensor in self.tensors]))
+        self.slices: dict[tuple[int, str], list[Slice]] = {}
+        for one in self._slices(names):
+            self.slices.setdefault((one.module, one.leaf), []).append(one)
+        self.sizes = dict(self._sizes())
+
+    @property
+    def family(self) -> str:
+        """One of outline.FAMILIES."""
+        return self.outline.family
+
+    def weight(self, module: object, leaf: str) -> Floats:
+        """A parameter as a matrix in the original order of rows: (rows, columns), vectors with one column.
+
+        Raises:
+            BadFile: The model has no such weight, or not all of its parts.
+        """
+        i = module if isinstance(module, int) else self.outline.place[module.component, module.name]  # type: ignore[attr-defined]
+        found = sorted(self.slices.get((i, leaf), ()), key=lambda one: one.first)
+        ours = self.outline.modules[i]
+        if sum(one.units for one in found) != ours.units:
+            raise BadFile(f"{self.path}: has no {ours.name}.{leaf}, or not all of it")
+        parts = [self._rows(one) for one in found]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _rows(self, one: Slice) -> Floats:
+        values = self.tensors[one.tensor].array()
+        rows = values.reshape(values.shape[0], -1) if values.ndim > 1 else values.reshape(-1, 1)
+        at, of = one.part
+        height = rows.shape[0] // of
+        rows = rows[at * height : (at + 1) * height]
+        return np.roll(rows, rows.shape[0] // 2, axis=0) if one.swaps else rows
+
+    # ---- opening ---------------------------------------------------------------------------------------
+
+    def _slices(self, names: list[str]) -> Iterator[Slice]:
+        components = {f"{name}.": component for component, name in DIFFUSERS[self.family].items()}
+        for number, name in enumerate(names):
+            yield from self._open_clip(number, name)
+            path, _, leaf = name.rpartition(".")
+            leaf = "weight" if leaf == "scale" else leaf
+            if leaf not in ("weight", "bias"):
+                continue
+            for component, homes in _HOMES.items():
+                for home in homes:
+                    i = self.outline.place.get((component, path[len(home) :])) if path.startswith(home) else None
+                    if i is not None:
+                        yield Slice(number, i, leaf, 0, self.outline.modules[i].units, False)
+                        break
+            for prefix, component in components.items():
+                found = self.outline.part.get((component, path[len(prefix) :])) if path.startswith(prefix) else None
+                if found is not None:
+                    part = self.outline.modules[found[0]].parts[found[1]]
+                    yield Slice(number, found[0], leaf, part.first, part.units, part.swaps)
+
+    def _open_clip(self, number: int, name: str) -> Iterator[Slice]:
+        for component, home in _OPEN_CLIP.items():
+            if not name.startswith(home):
+                continue
+            layer, _, rest = name[len(home) :].partition(".")
+            path = f"text_model.encoder.layers.{layer}"
+            if rest.startswith("attn.in_proj_"):
+                for k, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+                    i = self.outline.place.get((component, f"{path}.self_attn.{projection}"))
+                    if i is not None:
+                        yield Slice(number, i, rest.removeprefix("attn.in_proj_"), 0, 1, False, (k, 3))
+                continue
+            for theirs, ours in _OPEN_CLIP_NAMES.items():
+                i = self.outline.place.get((component, f"{path}.{ours[:-1]}"))
+                if rest.startswith(theirs) and i is not None:
+                    yield Slice(number, i, rest[len(theirs) :], 0, 1, False)
+
+    def _sizes(self) -> Iterator[tuple[int, Size]]:
+        for (i, leaf), found in self.slices.items():
+            if leaf != "weight":
+                continue
+            shapes = [self.tensors[one.tensor].shape for one in found]
+            rows = sum(shape[0] // one.part[1] for shape, one in zip(shapes, found, strict=True))
+            columns = int(np.prod(shapes[0][1:])) if len(shapes[0]) > 1 else 0
+            units = sum(one.units for one in found)
+            yield i, Size(rows // units * self.outline.modules[i].units, columns)
+
+
+# ---- families ------------------------------------------------------------------------------------------
+
+
+def _structure(path: Path, names: list[str], shapes: list[tuple[int, ...]]) -> tuple[str, list[str], UNet | None]:
+    """The family, the names, and the structure of the UNet where there is one."""
+    every = " ".join(names)
+    if "double_blocks." in every or "single_transformer_blocks." in every:
+        return "flux", names, None
+    if "joint_blocks." in every or "transformer.transformer_blocks." in every:
+        return "sd3", names, None
+    shape_of = dict(zip(names, shapes, strict=True))
+    unet = _original_unet(names) if "input_blocks.0.0." in every else _diffusers_unet(names)
+    if unet is None:
+        raise BadFile(f"{path}: is no model of SD1, SD2, SDXL, SD3 or FLUX")
+    projects = [shape for name, shape in shape_of.items() if name.endswith(".proj_in.weight")]
+    linear = bool(projects) and len(projects[0]) == 2
+    adds = "label_emb." in every or "add_embedding." in every
+    texts = [shape for name, shape in shape_of.items() if name.endswith("attn2.to_k.weight")]
+    is_open_clip = "cond_stage_model.model." in every or (bool(texts) and texts[0][1] == 1024)
+    family = "sdxl" if adds else "sd2" if is_open_clip else "sd1"
+    blocks, depths, middle = unet
+    return family, names, UNet(depths, middle, blocks, LINEAR if linear else 1, adds)
+
+
+_Found = tuple[int, tuple[int, ...], int]  # residual blocks per level, depth by level, depth in the middle
+
+
+def _original_unet(names: Iterable[str]) -> _Found:
+    downs: set[int] = set()
+    last = 0
+    depth: dict[int, int] = {}
+    middle = 0
+    for name in names:
+        if match := re.search(r"(?:^|\.)input_blocks\.(\d+)\.(\d)\.(op\.)?(?:transformer_blocks\.(\d+)\.)?", name):
+            n = int(match[1])
+            last = max(last, n)
+            if match[3]:
+                downs.add(n)
+            if match[4]:
+                depth[n] = max(depth.get(n, 0), int(match[4]) + 1)
+        elif match := re.search(r"(?:^|\.)middle_block\.1\.transformer_blocks\.(\d+)\.", name):
+            middle = max(middle, int(match[1]) + 1)
+    blocks = min(downs) - 1 if downs else last
+    levels = len(downs) + 1
+    return blocks, tuple(depth.get(1 + level * (blocks + 1), 0) for level in range(levels)), middle
+
+
+def _diffusers_unet(names: Iterable[str]) -> _Found | None:
+    blocks, levels, middle = 0, 0, 0
+    depth: dict[int, int] = {}
+    for name in names:
+        if match := re.search(
+            r"^(?:unet\.)?down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(?:transformer_blocks\.(\d+)\.)?", name
+        ):
+            level = int(match[1])
+            levels, blocks = max(levels, level + 1), max(blocks, int(match[3]) + 1)
+            if match[4]:
+                depth[level] = max(depth.get(level, 0), int(match[4]) + 1)
+        elif match := re.search(r"^(?:unet\.)?mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.", name):
+            middle = max(middle, int(match[1]) + 1)
+    return (blocks, tuple(depth.get(level, 0) for level in range(levels)), middle) if levels else None

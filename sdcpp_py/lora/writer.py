@@ -1,0 +1,121 @@
+"""Writing safetensors files while their tensors come in: nothing but the one at hand is in memory."""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadArgument, Io, from_os_error
+from ..image import whole_file
+
+TYPES: Final = ("f32", "f16", "bf16")
+_NAMES: Final = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    out: NDArray[np.uint16] = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return out
+
+
+def encode(values: NDArray[np.float32], type: str) -> NDArray[np.generic]:
+    """The values as a type of TYPES stores them; bf16 as 16-bit integers.
+
+    Raises:
+        BadArgument: One is beyond what f16 holds.
+    """
+    if type == "bf16":
+        return _to_bf16(values)
+    if type == "f16":
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise BadArgument(f"f16 ends at 65504, and a value is {np.abs(values).max():g}; write bf16 or f32")
+        return half
+    return np.ascontiguousarray(values, np.float32)
+
+
+def narrowest(values: NDArray[np.float32], type: str) -> str:
+    """The source's type where it holds the values exactly, else f32."""
+    if type == "f16" and np.abs(values).max(initial=0) <= 65504:
+        return "f16" if np.array_equal(values.astype(np.float16).astype(np.float32), values) else "f32"
+    if type == "bf16":
+        return "f32" if (np.ascontiguousarray(values).view(np.uint32) & 0xFFFF).any() else "bf16"
+    return "f32"
+
+
+class SafetensorsWriter:
+    """Takes tensors one by one and keeps their bytes beside the file until all are there."""
+
+    def __init__(self, data: "tempfile._TemporaryFileWrapper[bytes]") -> None:
+        self._data = data
+        self._header: dict[str, object] = {}
+        self._size = 0
+
+    @property
+    def names(self) -> list[str]:
+        """What was written so far."""
+        return list(self._header)
+
+    def add(self, name: str, values: NDArray[np.float32], type: str) -> None:
+        """Appends a tensor.
+
+        Raises:
+            BadArgument: There is one of that name.
+        """
+        if name in self._header:
+            raise BadArgument(f"{name}: would be written twice")
+        raw = encode(values, type)
+        self._data.write(raw.tobytes())
+        self._header[name] = {
+            "dtype": _NAMES[type],
+            "shape": list(values.shape),
+            "data_offsets": [self._size, self._size + raw.nbytes],
+        }
+        self._size += raw.nbytes
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The file up to its data."""
+        text = json.dumps({"__metadata__": dict(metadata), **self._header}, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+@contextlib.contextmanager
+def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[SafetensorsWriter]:
+    """A safetensors file that takes its name only once it is complete.
+
+    Args:
+        path: Of the file; what is there is replaced.
+        metadata: Read at the end, so that it may tell what was written.
+
+    Raises:
+        Io: It cannot be written; nothing of it is left then.
+    """
+    if not path.parent.is_dir():
+        raise Io(f"{path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise Io(f"{path}: is a folder; name a file in it")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part") as data:
+            writer = SafetensorsWriter(data)
+            yield writer
+            with whole_file(path) as stream:
+                stream.write(writer.header(metadata))
+                data.seek(0)
+                shutil.copyfileobj(data, stream, 1 << 20)
+                stream.flush()
+                os.fsync(stream.fileno())
+    except OSError as error:
+        if isinstance(error, Io):
+            raise
+        raise from_os_error(path, error) from error
