@@ -190,7 +190,9 @@ def run(*arguments: str, **options: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs of a shell inherit "ignored"
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # else inherited, and may be ignored
         **options,
     )
 

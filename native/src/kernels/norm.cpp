@@ -28,8 +28,8 @@ GroupNormOperation::GroupNormOperation(const KernelSet & kernel_set, Pool & thre
       parts_((pixels_ + pixels_at_once - 1) / pixels_at_once) {
     means_.resize(static_cast<size_t>(channels_ * parts_ * images_));
     squares_.resize(means_.size());
-    scales_.resize(static_cast<size_t>(channels_ * images_));
-    shifts_.resize(scales_.size());
+    centres_.resize(static_cast<size_t>(channels_ * images_));
+    scales_.resize(centres_.size());
 }
 
 std::unique_ptr<GroupNormOperation> GroupNormOperation::with(Activation activation) const {
@@ -46,7 +46,6 @@ void GroupNormOperation::factors(int64_t image) {
     const float * means = means_.data() + image * parts_ * channels_;
     const float * squares = squares_.data() + image * parts_ * channels_;
     const float * weight = of_image(weight_, channels_, image);
-    const float * bias = of_image(bias_, channels_, image);
     const auto    pixels_of = [&](int64_t part) { return static_cast<double>(std::min(pixels_at_once, pixels_ - part * pixels_at_once)); };
     for (int64_t group = 0; group < groups_; ++group) {
         const int64_t first = group * size, end = first + size;
@@ -68,9 +67,8 @@ void GroupNormOperation::factors(int64_t image) {
         }
         const double scale = 1 / std::sqrt(variance / n + static_cast<double>(eps_));
         for (int64_t c = first; c < end; ++c) {
-            const double factor = scale * static_cast<double>(weight[c]);
-            scales_[static_cast<size_t>(image * channels_ + c)] = static_cast<float>(factor);
-            shifts_[static_cast<size_t>(image * channels_ + c)] = static_cast<float>(static_cast<double>(bias[c]) - mean * factor);
+            centres_[static_cast<size_t>(image * channels_ + c)] = static_cast<float>(mean);
+            scales_[static_cast<size_t>(image * channels_ + c)] = static_cast<float>(scale * static_cast<double>(weight[c]));
         }
     }
 }
@@ -88,8 +86,8 @@ void GroupNormOperation::run(ggml_tensor * out) {
     pool.run(images_ * parts_, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         const int64_t at = image * picture + part * pixels_at_once * channels_;
-        set.affine(x + at, activations(out), at, rows(part), channels_, scales_.data() + image * channels_, shifts_.data() + image * channels_,
-                   activation_);
+        set.affine(x + at, activations(out), at, rows(part), channels_, centres_.data() + image * channels_,
+                   scales_.data() + image * channels_, of_image(bias_, channels_, image), activation_);
     });
 }
 

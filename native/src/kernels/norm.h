@@ -29,7 +29,7 @@ class GroupNormOperation final : public Operation {
     Activation         activation_;
     int64_t            channels_, pixels_, images_, parts_;
     std::vector<float> means_, squares_; // [C, parts, N]
-    std::vector<float> scales_, shifts_; // [C, N]
+    std::vector<float> centres_, scales_; // [C, N]
 };
 
 // Layer norm of each row of [C, ...], or its root mean square alone (Zhang and Sennrich, 2019). Vectors may be null.

@@ -106,9 +106,9 @@ struct KernelSet {
 
     // Sums over `rows` rows of [channels]: mean and sum of squared distances from it, per channel.
     void (*moments)(const float * x, int64_t rows, int64_t row, int64_t channels, float * mean, float * squares);
-    // y = activation(x * scale + shift), per channel; y begins at its element `first`.
-    void (*affine)(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * scale, const float * shift,
-                   Activation activation);
+    // y = activation((x - centre) * scale + shift), per channel; y begins at its element `first`.
+    void (*affine)(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * centre,
+                   const float * scale, const float * shift, Activation activation);
     // (x - mean) / sqrt(variance + eps) * weight + bias of each row; of RMS norms without the mean, weight and bias may be null.
     void (*normalise)(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * weight, const float * bias,
                       float eps, bool rms);

@@ -645,12 +645,12 @@ void moments(const float * x, int64_t rows, int64_t row, int64_t channels, float
     }
 }
 
-void affine(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * scale,
-            const float * shift, Activation activation) {
+void affine(const float * x, Activations y, int64_t first, int64_t rows, int64_t channels, const float * centre,
+            const float * scale, const float * shift, Activation activation) {
     for (int64_t r = 0; r < rows; ++r, x += channels, first += channels) {
         for (int64_t c = 0; c < channels; c += lanes) {
             const int n = static_cast<int>(channels - c < lanes ? channels - c : lanes);
-            const Vec value = load_upto(x + c, n) * load_upto(scale + c, n) + load_upto(shift + c, n);
+            const Vec value = (load_upto(x + c, n) - load_upto(centre + c, n)) * load_upto(scale + c, n) + load_upto(shift + c, n);
             put(y, first + c, activated(value, activation), n);
         }
     }
