@@ -12,6 +12,7 @@
 
 #include <map>
 #include <memory>
+#include <type_traits>
 
 namespace sd::test {
 
@@ -52,7 +53,7 @@ constexpr int64_t linear_in = 256, linear_out = 16, channels_in = 8, channels_ou
 class LoraModel {
   public:
     explicit LoraModel(DType linear_type = DType::f32, DType kernel_type = DType::f32)
-        : store(Checkpoint::open(write(folder, linear_type, kernel_type))), device("CPU", 2),
+        : store(Checkpoint::open(write(folder, linear_type, kernel_type))), device("CPU", 2, "f32"),
           net(store.root("model.diffusion_model", "unet")),
           text(store.root("cond_stage_model", "text_encoder")),
           linear{net.at("linear"), linear_in, linear_out}, time{net.at("time"), linear_in, linear_out},
@@ -103,8 +104,11 @@ class LoraModel {
         return runner
             ->run("layer " + layer.here.name(), {{"x", &x}},
                   [&](Graph & g) {
+                      constexpr bool picture = std::is_same_v<Layer, Conv2d> || std::is_same_v<Layer, GroupNorm>;
                       const bool ids = layer.weight->table;
-                      g.output("y", layer(g, ids ? g.input_ids("x") : g.input("x")));
+                      Value in = ids ? g.input_ids("x") : g.input("x");
+                      Value y = layer(g, picture ? g.picture(in) : in);
+                      g.output("y", picture ? g.planes(y) : y);
                   })
             .at("y");
     }

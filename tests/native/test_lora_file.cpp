@@ -2,6 +2,7 @@
 
 #include "core/json.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -359,7 +360,9 @@ TEST_CASE("case 33: a control LoRA on a model without its inputs") {
     const LoraFile file = read(control.add("img_in.lora_B.bias", {3072}), flux_names(), "FLUX");
     CHECK(file.modules.front().inputs == 128); // which Context refuses without a picture
     CHECK(shape(file.modules.front(), "down") == Shape64{128, 128});
-    CHECK(contains(file.report.warnings.at(0), "takes 128 input features, 64 of them of a picture to follow"));
+    CHECK(std::any_of(file.report.warnings.begin(), file.report.warnings.end(), [](const std::string & warning) {
+        return contains(warning, "takes 128 input features, 64 of them of a picture to follow");
+    }));
     CHECK(file.modules.back().kind == LoraKind::replace);
     LoraWriter fill = LoraWriter().peft("img_in", {4, 384}, {3072, 4}).peft("double_blocks.0.img_mlp.2", {4, 12288}, {3072, 4});
     CHECK(contains(read(fill, flux_names(), "FLUX").report.skipped.at(0), "takes 384 inputs"));
