@@ -55,7 +55,7 @@ TEST_CASE("files are told apart by what they hold, not by their names") {
         return open_complaint(folder.write("b.safetensors", bytes), status);
     };
     CHECK(contains(wrong(std::string("PK\x03\x04") + "archive/data.pkl", Status::unsupported),
-                   "convert it to safetensors"));
+                   "convert it with sdcpp convert"));
     CHECK(contains(wrong("\x80\x02}q", Status::unsupported), "pickle"));
     CHECK(contains(wrong("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"));
     CHECK(contains(wrong("<!DOCTYPE html>"), "web page"));

@@ -88,7 +88,8 @@ void Product::plan_chunks() {
         const ggml_tensor * weight = parts_.terms[term].weight;
         const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
         // A value meets its gate when both are complete: all at a time.
-        const int64_t most = gated() ? inputs : std::max<int64_t>(depth_at_once * (set.bf16 ? 2 : 1) / taps, 16);
+        const int64_t depth = set.bf16 ? 2 * depth_at_once : depth_at_once;
+        const int64_t most = gated() ? inputs : std::max<int64_t>(depth / taps, 16);
         const int64_t pieces = (inputs + most - 1) / most;
         const int64_t step = std::max<int64_t>(block, 2);
         const int64_t length = ((inputs + pieces - 1) / pieces + step - 1) / step * step; // of nearly the same length
