@@ -1,3 +1,5 @@
+#include "files.h"
+
 #include "core/error.h"
 #include "text/clip_bpe.h"
 #include "text/unicode.h"
@@ -5,7 +7,6 @@
 #include <doctest/doctest.h>
 
 #include <cstdlib>
-#include <fstream>
 #include <string>
 
 using Ids = std::vector<int32_t>;
@@ -22,11 +23,6 @@ std::string merges_path() {
 const sd::ClipBpe & clip() {
     static const sd::ClipBpe bpe(merges_path());
     return bpe;
-}
-
-std::string write(const std::string & name, const std::string & text) {
-    std::ofstream(name, std::ios::binary) << text;
-    return name;
 }
 
 } // namespace
@@ -78,6 +74,8 @@ TEST_CASE("normal form C") {
 }
 
 TEST_CASE("a file that holds no merges of CLIP is an error with its line") {
+    sd::test::Folder folder;
+    const auto       write = [&](const char * name, const std::string & text) { return folder.write(name, text); };
     CHECK_THROWS_WITH_AS(sd::ClipBpe("no such file"), doctest::Contains("no such file: "), sd::Error);
     CHECK_THROWS_WITH_AS(sd::ClipBpe(write("empty.txt", "")), doctest::Contains("has 0 merges"), sd::Error);
     CHECK_THROWS_WITH_AS(sd::ClipBpe(write("short.txt", "i n\nt h\n")), doctest::Contains("has 2 merges"),

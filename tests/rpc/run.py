@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         folder = Path(arguments.pop(0)).resolve()
     first = [str(build(folder)), *filter(None, [os.environ.get(LOADER_PATH)])]
     environment = {**os.environ, LOADER_PATH: os.pathsep.join(first)}
-    tests = [sys.executable, "-m", "pytest", "-m", "rpc", *arguments]
+    tests = [sys.executable, "-m", "pytest", "-n", "0", "-m", "rpc", *arguments]
     # From here, not from the root, where -m would find the package's sources before the installed one.
     return subprocess.run(tests, env=environment, cwd=Path(__file__).parent).returncode
 

@@ -1223,7 +1223,7 @@ with SDContext(model, threads=1, lora_mode=mode) as context:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory as only Linux can")
 @pytest.mark.parametrize("room", [8, 40])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callable[..., Path]) -> None:
+def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
     """Neither for its file, nor for its 64 MB of factors: an error that names it, and all goes on as before."""
     small = write(random_update([TO_Q]))
     paths = lora_files.attention("unet")
@@ -1231,7 +1231,9 @@ def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callabl
     large = write({f"{k}": v.astype(np.float16) for k, v in tensors_of(wide).items()}, name="large.safetensors")
     assert large.stat().st_size > 10 << 20
     arguments = [str(argument) for argument in (folder, small, large, mode, room)]
-    done = subprocess.run([sys.executable, "-c", NO_ROOM, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
 
