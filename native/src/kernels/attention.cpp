@@ -31,7 +31,7 @@ void Attention::run(ggml_tensor * out) {
     const int64_t width = q_->ne[0], size = width / heads_, queries = q_->ne[1], keys = k_->ne[1], images = q_->ne[2];
     const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + heads_ * images - 1) / (heads_ * images) : 1;
     const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(queries / queries_at_least, 1));
-    pool.run(heads_ * images * parts, [&](int64_t piece, int thread) {
+    pool.run(heads_ * images * parts, 2 * flops(), [&](int64_t piece, int thread) { // exponentials count as much
         const int64_t part = piece % parts, head = piece / parts % heads_, image = piece / parts / heads_;
         Head          h{};
         h.q = data(q_) + image * queries * width + head * size;

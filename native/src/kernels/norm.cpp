@@ -77,13 +77,14 @@ void GroupNormOperation::run(ggml_tensor * out) {
     const float * x = data(x_);
     const int64_t picture = pixels_ * channels_;
     const auto    rows = [&](int64_t part) { return std::min(pixels_at_once, pixels_ - part * pixels_at_once); };
-    pool.run(images_ * parts_, [&](int64_t piece, int) {
+    const double passes = 8.0 * static_cast<double>(picture * images_); // of memory count more than sums
+    pool.run(images_ * parts_, passes, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         set.moments(x + image * picture + part * pixels_at_once * channels_, rows(part), channels_, channels_,
                     means_.data() + piece * channels_, squares_.data() + piece * channels_);
     });
-    pool.run(images_, [&](int64_t image, int) { factors(image); });
-    pool.run(images_ * parts_, [&](int64_t piece, int) {
+    pool.run(images_, 8.0 * static_cast<double>(means_.size()), [&](int64_t image, int) { factors(image); });
+    pool.run(images_ * parts_, passes, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         const int64_t at = image * picture + part * pixels_at_once * channels_;
         set.affine(x + at, activations(out), at, rows(part), channels_, centres_.data() + image * channels_,
@@ -106,7 +107,7 @@ void RowNorm::run(ggml_tensor * out) {
     const int64_t images = std::max(weight_ ? ggml_nelements(weight_) / channels : 1, bias_ ? ggml_nelements(bias_) / channels : 1);
     const int64_t of_one = rows / images; // rows of one picture
     const int64_t parts = (of_one + pixels_at_once - 1) / pixels_at_once;
-    pool.run(images * parts, [&](int64_t piece, int) {
+    pool.run(images * parts, 16.0 * static_cast<double>(rows * channels), [&](int64_t piece, int) {
         const int64_t image = piece / parts, first = piece % parts * pixels_at_once;
         const int64_t at = (image * of_one + first) * channels;
         set.normalise(data(x_) + at, activations(out), at, std::min(pixels_at_once, of_one - first), channels,

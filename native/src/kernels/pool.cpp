@@ -17,6 +17,7 @@ namespace sd {
 namespace {
 
 constexpr int    spins = 2000; // some 20 microseconds: less than a small operation takes, more than the gap between two
+constexpr double worth_waking = 2e6; // some 10 microseconds of a core
 constexpr size_t alignment = 64;
 
 void pause() {
@@ -110,9 +111,9 @@ Pool::~Pool() {
 
 int Pool::threads() const { return static_cast<int>(state_->scratches.size()); }
 
-void Pool::run(int64_t pieces, const Work & work) {
+void Pool::run(int64_t pieces, double operations, const Work & work) {
     State & s = *state_;
-    if (pieces <= 1 || s.threads.empty()) {
+    if (pieces <= 1 || s.threads.empty() || operations < worth_waking) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
             work(piece, 0);
         }

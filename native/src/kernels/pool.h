@@ -22,8 +22,9 @@ class Pool {
     using Work = std::function<void(int64_t piece, int thread)>;
 
     // Calls `work` for every piece in [0, pieces), in any order, and returns when all are done. Threads are numbered
-    // from 0, which is the caller. `work` must not throw.
-    void run(int64_t pieces, const Work & work);
+    // from 0, which is the caller. `work` must not throw. `operations` is about how many additions and multiplications
+    // it is in all: what is done before another thread is awake is done by the caller alone.
+    void run(int64_t pieces, double operations, const Work & work);
 
     // Memory of one thread, aligned for any vector, kept from call to call: what was in it is undefined. Throws
     // Error(out_of_memory).

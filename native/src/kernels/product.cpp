@@ -218,7 +218,7 @@ void Product::run(ggml_tensor * out) {
     const bool    quantised = !is_element(parts_.terms.front().weight->type);
     const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : rows_at_most) : 1;
     const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
-    pool.run(across * down, [&](int64_t number, int thread) {
+    pool.run(across * down, flops(), [&](int64_t number, int thread) {
         const int64_t row = number / across, column = number % across;
         work(out, {rows_ * row / down, rows_ * (row + 1) / down, column * columns, std::min((column + 1) * columns, columns_)},
              thread);
