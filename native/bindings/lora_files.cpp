@@ -39,9 +39,9 @@ class LoraFile {
         const char * json = nullptr;
         sd_lora_file * opened = nullptr;
         check(released([&] {
-            return sd_lora_file_open(file, weights.data(), static_cast<int>(weights.size()), &opened, &json);
+            return sd_probe_lora_file_open(file, weights.data(), static_cast<int>(weights.size()), &opened, &json);
         }));
-        handle_ = std::shared_ptr<sd_lora_file>(opened, sd_lora_file_close);
+        handle_ = std::shared_ptr<sd_lora_file>(opened, sd_probe_lora_file_close);
         report_ = text(json);
     }
 
@@ -50,7 +50,7 @@ class LoraFile {
     py::list stems() const {
         py::list out;
         sd_lora_stem stem;
-        for (int i = 0; sd_lora_file_stem(handle_.get(), i, &stem); i++) {
+        for (int i = 0; sd_probe_lora_file_stem(handle_.get(), i, &stem); i++) {
             out.append(py::dict(
                 "stem"_a = text(stem.stem), "format"_a = text(stem.format), "weight"_a = stem.weight,
                 "bias"_a = stem.bias, "first_row"_a = stem.first_row, "rows"_a = stem.rows, "out"_a = stem.out,
@@ -83,7 +83,7 @@ class LoraFile {
                 return true;
             });
         };
-        const sd_status status = released([&] { return sd_lora_file_read(handle_.get(), stem, receive, &call); });
+        const sd_status status = released([&] { return sd_probe_lora_file_read(handle_.get(), stem, receive, &call); });
         call.raised.rethrow();
         check(status);
         return call.out;
@@ -105,7 +105,7 @@ class LoraFile {
         };
         const float * weights = base ? base->data() : nullptr;
         const sd_status status = released([&] {
-            return sd_lora_file_delta(handle_.get(), stem, module, weights, multiplier, receive, &call);
+            return sd_probe_lora_file_delta(handle_.get(), stem, module, weights, multiplier, receive, &call);
         });
         call.raised.rethrow();
         check(status);

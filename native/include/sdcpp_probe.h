@@ -119,9 +119,9 @@ typedef struct sd_outline_weight {
 typedef struct sd_lora_file sd_lora_file;
 
 // Opens a LoRA file; `*json` is its report without what a model would tell, and lives as long as the file.
-SD_API sd_status sd_lora_file_open(const char * path, const sd_outline_weight * weights, int n_weights,
+SD_API sd_status sd_probe_lora_file_open(const char * path, const sd_outline_weight * weights, int n_weights,
                                    sd_lora_file ** file, const char ** json);
-SD_API void      sd_lora_file_close(sd_lora_file * file);
+SD_API void      sd_probe_lora_file_close(sd_lora_file * file);
 
 // The tensors of one module, by the stem of their keys.
 typedef struct sd_lora_stem {
@@ -135,7 +135,7 @@ typedef struct sd_lora_stem {
     const char * type;          // of the largest tensor
     int64_t      elements, bytes;
 } sd_lora_stem;
-SD_API bool sd_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem);
+SD_API bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem);
 
 typedef struct sd_lora_factor {
     const char *  role;     // as LoraKind lists them; DoRA's is "magnitude"
@@ -158,10 +158,10 @@ typedef struct sd_lora_module {
 typedef void (*sd_receive_module)(const sd_lora_module * module, void * user);
 
 // Reads the modules of one stem, one call each.
-SD_API sd_status sd_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user);
+SD_API sd_status sd_probe_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user);
 
 // The change [columns, rows] that one of them makes; `base` (its rows of the pristine weight) may be NULL.
-SD_API sd_status sd_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base,
+SD_API sd_status sd_probe_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base,
                                     float multiplier, sd_receive receive, void * user);
 
 #ifdef __cplusplus

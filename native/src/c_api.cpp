@@ -789,7 +789,7 @@ void give(const sd_lora_file & file, const sd::LoraModule & module, sd_receive_m
 
 } // namespace
 
-sd_status sd_lora_file_open(const char * path, const sd_outline_weight * weights, int n_weights, sd_lora_file ** file,
+sd_status sd_probe_lora_file_open(const char * path, const sd_outline_weight * weights, int n_weights, sd_lora_file ** file,
                             const char ** json) {
     return guarded([&] {
         need(path, "path");
@@ -807,9 +807,9 @@ sd_status sd_lora_file_open(const char * path, const sd_outline_weight * weights
     });
 }
 
-void sd_lora_file_close(sd_lora_file * file) { delete file; }
+void sd_probe_lora_file_close(sd_lora_file * file) { delete file; }
 
-bool sd_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem) {
+bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem) {
     if (!file || !stem || !is_index(file->reader.entries(), index)) {
         return false;
     }
@@ -841,7 +841,7 @@ bool sd_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem
     return true;
 }
 
-sd_status sd_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user) {
+sd_status sd_probe_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user) {
     return guarded([&] {
         need(file, "file");
         need(reinterpret_cast<const void *>(receive), "receive");
@@ -854,7 +854,7 @@ sd_status sd_lora_file_read(const sd_lora_file * file, int stem, sd_receive_modu
     });
 }
 
-sd_status sd_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base, float multiplier,
+sd_status sd_probe_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base, float multiplier,
                              sd_receive receive, void * user) {
     return guarded([&] {
         need(file, "file");
