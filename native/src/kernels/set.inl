@@ -451,7 +451,8 @@ void pack_keys(const Head & h, const HeadScratch & s) {
     }
 }
 
-constexpr float nothing = -1e30f; // the score of what is not to be seen: finite, so that differences are
+constexpr float log2_of_e = 1.44269504f; // scores are powers of 2
+constexpr float nothing = -1e30f;        // the score of what is not to be seen: finite, so that differences are
 
 template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
 #ifdef SD_BF16
@@ -485,7 +486,7 @@ template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int
         if (h.mask) {
             const float * mask = h.mask + (query + at + r) * h.mask_row + key;
             for (int i = 0; i < keys; ++i) {
-                const float sum = scores[i] + mask[i];
+                const float sum = scores[i] + mask[i] * log2_of_e;
                 scores[i] = sum > nothing ? sum : nothing;
             }
         }
@@ -499,29 +500,41 @@ template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int
 template <int R> void attend(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
     score<R>(h, s, query, at, key, keys);
     const int64_t width = up_to(h.size, lanes);
-    Vec           fade[R];
+    Vec           fade[R], most[R], total[R] = {};
     const void *  rows[R];
     for (int r = 0; r < R; ++r) {
-        float * scores = s.scores + r * key_block;
-        rows[r] = scores;
-        Vec most = splat(s.most[at + r]);
-        for (int i = 0; i < keys; i += lanes) {
-            most = larger(most, load(scores + i));
+        most[r] = splat(s.most[at + r]);
+    }
+    for (int i = 0; i < keys; i += lanes) { // all rows at once, whose chains of results do not wait for each other
+        for (int r = 0; r < R; ++r) {
+            most[r] = larger(most[r], load(s.scores + r * key_block + i));
         }
-        const float top = largest_of(most);
-        fade[r] = exp_of(splat(s.most[at + r] - top));
-        Vec total{};
-        for (int i = 0; i < keys; i += lanes) {
-            const Vec p = exp_of(load(scores + i) - top);
-            store(scores + i, p);
-            total += p;
+    }
+    for (int r = 0; r < R; ++r) {
+        most[r] = largest_of(most[r]);
+        fade[r] = exp2_of<false>(s.most[at + r] - most[r]);
+        s.most[at + r] = most[r][0];
+    }
+    for (int i = 0; i < keys; i += lanes) {
+        for (int r = 0; r < R; ++r) {
+            float *   scores = s.scores + r * key_block + i;
+            const Vec p = exp2_of<products_in_bf16>(load(scores) - most[r]);
+            total[r] += p;
+#ifdef SD_BF16
+            const __m256bh half = _mm512_cvtneps_pbh((__m512) p);
+            std::memcpy(reinterpret_cast<uint16_t *>(s.rounded) + r * key_block + i, &half, sizeof half);
+#else
+            store(scores, p);
+#endif
         }
+    }
+    for (int r = 0; r < R; ++r) {
+        s.total[at + r] = (s.total[at + r] * fade[r] + sum_of(total[r]))[0];
 #ifdef SD_BF16
         rows[r] = reinterpret_cast<uint16_t *>(s.rounded) + r * key_block;
-        round_row(scores, reinterpret_cast<uint16_t *>(s.rounded) + r * key_block, keys);
+#else
+        rows[r] = s.scores + r * key_block;
 #endif
-        s.most[at + r] = top;
-        s.total[at + r] = s.total[at + r] * fade[r][0] + sum_of(total);
     }
     const auto columns = [&](auto number, int64_t first) __attribute__((always_inline)) {
         constexpr int V = decltype(number)::value;
@@ -570,7 +583,7 @@ void attention(const Head & h) {
         for (int i = 0; i < queries; ++i) {
             float * scaled = products_in_bf16 ? s.packing : s.queries + static_cast<int64_t>(i) * h.size;
             for (int at = 0; at < h.size; ++at) {
-                scaled[at] = h.q[(query + i) * h.q_row + at] * h.scale;
+                scaled[at] = h.q[(query + i) * h.q_row + at] * (h.scale * log2_of_e);
             }
 #ifdef SD_BF16
             round_row(scaled, reinterpret_cast<uint16_t *>(s.queries) + static_cast<int64_t>(i) * even(h.size), h.size);
@@ -665,7 +678,7 @@ void normalise(const float * x, Activations y, int64_t first, int64_t rows, int6
             for (int64_t c = 0; c < channels; c += lanes) {
                 sum += load_upto(x + c, static_cast<int>(channels - c < lanes ? channels - c : lanes));
             }
-            mean = sum_of(sum) / static_cast<float>(channels);
+            mean = sum_of(sum)[0] / static_cast<float>(channels);
         }
         Vec sum{};
         int64_t c = 0;
@@ -673,7 +686,7 @@ void normalise(const float * x, Activations y, int64_t first, int64_t rows, int6
             const Vec distance = load(x + c) - mean;
             sum += distance * distance;
         }
-        squares = sum_of(sum);
+        squares = sum_of(sum)[0];
         for (; c < channels; ++c) {
             squares += (x[c] - mean) * (x[c] - mean);
         }
