@@ -270,25 +270,29 @@ def _bench(
             opened = time.perf_counter() - begin
             info = sd_ctx.info
             timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
+            peak = sd_ctx.peak_rate() if profile else None
             costs = bench.profile(sd_ctx, size=size) if profile else []
     memory = "unknown" if timing.peak_memory is None else f"{timing.peak_memory / 1e9:.2f} GB"
     rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
     for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
         rows.append((name, f"{seconds:.3f} s"))
+    if peak:
+        rows.append(("peak", f"{peak / 1e9:.0f} GFLOP/s, in products that lie in the second-level cache"))
     print_rows(rows)
     if costs:
-        Console().print(_cost_table(costs))
+        Console().print(_cost_table(costs, peak))
 
 
-def _cost_table(costs: Sequence[bench.Operation]) -> Table:
-    table = Table(
-        "network", "operation", *(Column(name, justify="right") for name in ("count", "ms", "share", "GFLOP/s"))
-    )
+def _cost_table(costs: Sequence[bench.Operation], peak: float | None) -> Table:
+    numbers = ("count", "ms", "share", "GFLOP/s", "of peak")
+    table = Table("network", "operation", *(Column(name, justify="right") for name in numbers))
     total = sum(cost.seconds for cost in costs)
     for cost in costs:
-        rate = f"{cost.flops / cost.seconds / 1e9:.0f}" if cost.flops and cost.seconds else ""
+        rate = cost.flops / cost.seconds if cost.seconds else 0
+        gflops = f"{rate / 1e9:.0f}" if rate else ""
+        of_peak = f"{rate / peak:.0%}" if rate and peak else ""
         share = f"{cost.seconds / total:.1%}"
-        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, rate)
+        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak)
     return table
 
 

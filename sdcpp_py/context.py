@@ -256,6 +256,12 @@ class SDContext:
         finally:
             _native.probe_profile(self._native, False)
 
+    def peak_rate(self) -> float | None:
+        """Floating-point operations a second that the CPU's kernels make at best, on all threads together: in products
+        that lie in the second-level cache. Takes half a second. None where ggml's own operations run."""
+        with self._lock:
+            return _native.probe_peak(self._native) or None
+
     def close(self) -> None:
         """Frees the model; waits for a picture in work. Closing twice does nothing."""
         with self._lock:

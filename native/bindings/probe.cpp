@@ -100,6 +100,13 @@ py::list probe_operations(const Context & context) {
     return out;
 }
 
+double probe_peak(const Context & context) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    double flops = 0;
+    check(sd_probe_peak(ctx.get(), &flops));
+    return flops;
+}
+
 // Runs a probe that gives one row of numbers.
 template <class Probe>
 Floats row(Probe && probe) {
@@ -222,6 +229,7 @@ void bind_probe(py::module_ & m) {
     m.def("probe_weights", probe_weights, "context"_a);
     m.def("probe_profile", probe_profile, "context"_a, "on"_a);
     m.def("probe_operations", probe_operations, "context"_a);
+    m.def("probe_peak", probe_peak, "context"_a, py::call_guard<py::gil_scoped_release>());
     m.def("probe_clip_tokens", probe_clip_tokens, "merges_path"_a, "text"_a);
     m.def("probe_t5_tokens", probe_t5_tokens, "path"_a, "text"_a, "data_dir"_a = "");
     m.def("probe_t5", probe_t5, "path"_a, "ids"_a, "mask"_a = py::none());

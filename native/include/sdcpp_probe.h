@@ -52,6 +52,10 @@ SD_API sd_status sd_probe_profile(sd_ctx * ctx, bool on);
 // Fills `cost` and returns true, or returns false past the end. Strings live until the next picture.
 SD_API bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost);
 
+// Additions and multiplications a second that the CPU's kernels make in products that lie in the second-level cache, on all
+// threads: what their rates in a picture are held against. Takes half a second. 0 where ggml's operations run.
+SD_API sd_status sd_probe_peak(sd_ctx * ctx, double * flops);
+
 // What the denoiser is told of a text, with the words that the context has learned: [width, tokens].
 SD_API sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user);
 

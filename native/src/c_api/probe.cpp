@@ -5,6 +5,7 @@
 #include "checkpoint/gguf.h"
 #include "checkpoint/safetensors.h"
 #include "families/t5_text.h"
+#include "kernels/peak.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
 #include "sampling/schedule.h"
@@ -70,6 +71,15 @@ bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost)
     const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
     *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
     return true;
+}
+
+sd_status sd_probe_peak(sd_ctx * ctx, double * flops) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(flops, "flops");
+        const sd::Device & device = ctx->context.device();
+        *flops = device.kernels() ? sd::peak_rate(*device.kernels(), device.pool()) : 0;
+    });
 }
 
 sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user) {
