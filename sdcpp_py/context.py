@@ -55,7 +55,7 @@ class ModelInfo:
         prediction: What the denoiser predicts: "eps", "v", or "flow" as SD3 and FLUX.
         backend: The device that it runs on.
         threads: Of the CPU.
-        kernels: Of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations.
+        kernels: Of the CPU: "amx", "avx512", "avx2", "plain", or "reference" for ggml's own operations.
         precision: Of products: "f32" or "bf16".
         size_multiple: Width and height of a picture are multiples of it, in pixels.
         native_size: The side of the pictures that the model was trained on, in pixels.
