@@ -82,7 +82,8 @@ std::vector<sd::LoraUse> to_loras(const sd_lora * from, int n) {
     for (int i = 0; i < n; ++i) {
         need(from, "the list of LoRAs");
         need(from[i].path, "the path of a LoRA");
-        sd::LoraUse use{from[i].path, from[i].text, from[i].unet, from[i].start, from[i].stop, {}};
+        const double * of_text = from[i].text;
+        sd::LoraUse    use{from[i].path, {of_text[0], of_text[1], of_text[2]}, from[i].unet, from[i].start, from[i].stop, {}};
         for (int k = 0; k < from[i].n_blocks; ++k) {
             need(from[i].blocks, "the block weights of a LoRA");
             use.blocks.push_back({or_empty(from[i].blocks[k].prefix), from[i].blocks[k].factor});
@@ -101,6 +102,10 @@ std::vector<sd::Prompt> to_prompts(const sd_prompt * from, int n) {
     return prompts;
 }
 
+sd::PictureSizes to_sizes(const sd_sizes & from) {
+    return {from.original_width, from.original_height, from.crop_top, from.crop_left, from.target_width, from.target_height};
+}
+
 sd::Request to_request(const sd_request & from) {
     sd::Request request;
     request.prompts = to_prompts(from.prompts, from.n_prompts);
@@ -111,7 +116,10 @@ sd::Request to_request(const sd_request & from) {
     request.width = from.width;
     request.height = from.height;
     request.steps = from.steps;
+    request.sizes = to_sizes(from.sizes);
+    request.negative_sizes = to_sizes(from.negative_sizes);
     request.cfg_scale = from.cfg_scale;
+    request.guidance_rescale = from.guidance_rescale;
     request.guidance = from.guidance;
     request.shift = from.shift;
     request.seed = from.seed;
@@ -287,6 +295,9 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         open.data_dir = or_empty(params->data_dir);
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
+        if (params->zero_snr != 0) {
+            open.zero_snr = params->zero_snr > 0;
+        }
         open.threads = params->threads;
         open.precision = or_empty(params->precision);
         open.in_ram = is_in_ram(or_empty(params->base_copy));
@@ -323,7 +334,8 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
             pipeline.input_channels(),
             context.weights().resident_bytes(),
             static_cast<int>(context.weights().weights().size()),
-            pipeline.latent_format().reduction};
+            pipeline.latent_format().reduction,
+            pipeline.is_zero_snr()};
 }
 
 sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]) {
@@ -424,6 +436,7 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     const sd::Defaults   defaults = pipeline.defaults();
     sd_request           request{};
     request.width = request.height = pipeline.native_size();
+    request.sizes = request.negative_sizes = {0, 0, -1, -1, 0, 0};
     request.steps = defaults.steps;
     request.cfg_scale = defaults.cfg_scale;
     request.guidance = defaults.guidance > 0 ? defaults.guidance : -1;
@@ -470,7 +483,7 @@ bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora) {
         return false;
     }
     const sd::LoraUse & use = uses[index];
-    *lora = {use.path.c_str(), use.text, use.unet, use.start, use.stop, nullptr, 0};
+    *lora = {use.path.c_str(), {use.text[0], use.text[1], use.text[2]}, use.unet, use.start, use.stop, nullptr, 0};
     return true;
 }
 
@@ -666,9 +679,10 @@ sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive 
     });
 }
 
-sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user) {
+sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_receive receive, void * user) {
     return guarded([&] {
-        give(sd::make_sigmas(or_empty(scheduler), sd::NoiseSchedule::scaled_linear(), steps), receive, user);
+        const auto trained = sd::NoiseSchedule::scaled_linear(sd::align_your_steps_sd1(), zero_snr);
+        give(sd::make_sigmas(or_empty(scheduler), trained, steps), receive, user);
     });
 }
 
@@ -693,6 +707,8 @@ sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigm
         run.sigmas.assign(sigmas, sigmas + n_sigmas);
         run.rngs = &rngs;
         run.eta = eta;
+        static const sd::NoiseSchedule trained = sd::NoiseSchedule::scaled_linear();
+        run.trained = &trained;
         run.denoise = [&](const std::vector<float> & at, float sigma, std::vector<float> & denoised) {
             denoised.resize(at.size());
             if (!denoise(at.data(), sigma, denoised.data(), n, user)) {
