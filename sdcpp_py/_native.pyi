@@ -27,6 +27,7 @@ class _ModelInfo(TypedDict):
     input_channels: int
     weight_bytes: int
     n_weights: int
+    zero_snr: bool
 
 class _Defaults(TypedDict):
     width: int
@@ -108,6 +109,7 @@ class Context:
         requantise: bool = False,
         strict_loras: bool = False,
         lora_cache: int = 0,
+        zero_snr: bool | None = None,
     ) -> None: ...
     def close(self) -> None: ...
     @property
@@ -144,6 +146,9 @@ class Context:
         guidance: float = -1.0,
         shift: float = 0.0,
         control_image: NDArray[np.uint8] | None = None,
+        guidance_rescale: float = 0.0,
+        sizes: tuple[int, int, int, int, int, int] = ...,
+        negative_sizes: tuple[int, int, int, int, int, int] = ...,
     ) -> NDArray[np.uint8]: ...
     def apply_loras(self, loras: Sequence[_Lora]) -> None: ...
     def reset_loras(self) -> None: ...
@@ -202,7 +207,7 @@ def probe_clip_tokens(merges_path: str | bytes, text: str | bytes) -> NDArray[np
 def probe_t5_tokens(path: str | bytes, text: str | bytes, data_dir: str | bytes = "") -> NDArray[np.int32]: ...
 def probe_t5(path: str | bytes, ids: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.float32]: ...
 def probe_noise(rng: str, seed: int, n: int) -> NDArray[np.float32]: ...
-def probe_sigmas(scheduler: str, steps: int) -> NDArray[np.float32]: ...
+def probe_sigmas(scheduler: str, steps: int, zero_snr: bool = False) -> NDArray[np.float32]: ...
 def probe_sample(
     sampler: str,
     sigmas: ArrayLike,
