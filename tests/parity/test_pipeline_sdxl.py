@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import numpy as np
 import pytest
 import tiny
@@ -206,6 +207,47 @@ def test_ssd_1b_paints(tiny_folder: Callable[..., Path]) -> None:
     with SDContext(tiny_folder(SSD_1B), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
         assert_close(latent_of(context), want, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["runtime", "restore"])
+def test_multipliers_of_each_part_are_diffusers(mode: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """kohya's lora_te1_, lora_te2_ and lora_unet_ as set_adapters weighs the same factors."""
+    import peft
+    import torch
+
+    truth = Truth(SDXL, tiny_folder(SDXL))
+    attention = [path for path in lora_files.modules("linear", "unet text_encoder text_encoder_2", SDXL)
+                 if path.endswith((".to_q", ".to_v", ".q_proj", ".v_proj"))]  # fmt: skip
+    update = lora_files.random_update(attention, seed=3, model=SDXL)
+    lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update, lora_files.numbered))
+    pipe = truth.pipeline()
+    for part in ("text_encoder", "text_encoder_2", "unet"):
+        network = getattr(pipe, part)
+        network.add_adapter(
+            peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "q_proj", "v_proj"]), "x"
+        )
+        for name, module in network.named_modules():
+            for path, factors in update.items() if hasattr(module, "lora_A") and name else ():
+                if path.startswith(f"{part}.") and path.endswith(f".{name}"):
+                    module.lora_A["x"].weight.data = torch.from_numpy(factors["lora_down.weight"])
+                    module.lora_B["x"].weight.data = torch.from_numpy(factors["lora_up.weight"])
+    pipe.set_adapters("x", {"text_encoder": 0.4, "text_encoder_2": 0.9, "unet": -0.5})
+    want = pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        latents=noise(64, 64),
+        width=64,
+        height=64,
+        output_type="latent",
+    ).images.numpy()
+    with SDContext(tiny_folder(SDXL), lora_dir=tmp_path, lora_mode=mode, threads=1) as context:
+        request = REQUEST | {"width": 64, "height": 64}
+        context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
+        assert_close(latent_of(context), want, tolerance=1e-3)
+        context.generate(f"{PROMPT}<lora:x:te=0.4:unet=-0.5>", NEGATIVE, **request)
+        assert relative_rmse(latent_of(context), want) > 0.01, "te2 has no effect"
 
 
 def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:

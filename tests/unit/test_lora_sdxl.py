@@ -210,6 +210,31 @@ def test_encoders_have_their_own_multiplier(tmp_path: Path, model: Model) -> Non
         assert_same_answers(model.answers("runtime", {file: told}), model.answers("runtime", {alone: 0.7}))
 
 
+@pytest.mark.parametrize("mode", ["runtime", "restore"])
+def test_each_text_encoder_of_sdxl_by_itself(
+    mode: str, tiny_folder: Callable[..., Path], model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """te, te2 and unet of one tag are three multipliers; te alone is of both encoders."""
+    parts = {part: lora_files.modules("linear", part, SDXL)[::3] for part in tiny.components(SDXL)}
+    updates = {part: random_update(paths, seed=4, model=SDXL) for part, paths in parts.items() if part != "vae"}
+    whole = {path: factors for update in updates.values() for path, factors in update.items()}
+    save(tmp_path / "x.safetensors", tensors_of(whole, lora_files.numbered))
+    model = Model(SDXL, tiny_folder(SDXL), {}, "", {})
+    with SDContext(tiny_folder(SDXL), threads=1, lora_mode=mode, lora_dir=tmp_path) as context:
+        for tag, (te, te2, unet) in {
+            "te=0.4:te2=0.9:unet=-0.5": (0.4, 0.9, -0.5),
+            "0.7:te2=0": (0.7, 0.0, 0.7),
+            "0:te2=0.7": (0.0, 0.7, 0.0),
+            "0.6": (0.6, 0.6, 0.6),
+        }.items():
+            told = {"text_encoder": te, "text_encoder_2": te2, "unet": unet}
+            want = model_with(model, *((update, told[part]) for part, update in updates.items()))
+            request = {"steps": 1, "cfg_scale": 1.0, "width": 32, "height": 32, "seed": 1}
+            context.generate(f"a cat <lora:x:{tag}>", **request)
+            assert_same_answers(answers(SDXL, context), want)
+        context.generate("a cat", **request)
+
+
 # ---- LoRAs of other models -----------------------------------------------------------------------------
 
 TEXT_WIDTHS = {"SD1": 768, "SD2": 1024, "SDXL": 2048}

@@ -195,7 +195,9 @@ def test_samples_are_distributed_as_the_data(sampler):
     """The toy denoiser is exact, so samplers draw from its mixture: mean 0.22, standard deviation 0.711."""
     if sampler == "lcm":
         pytest.skip("LCM's consistency function is not the posterior mean")
-    eta = 0.01 if sampler == "tcd" else -1.0  # its own leads far beyond the next level, as a consistency function allows
+    eta = (
+        0.01 if sampler == "tcd" else -1.0
+    )  # its own leads far beyond the next level, as a consistency function allows
     x = run(ref.Case(sampler, engine_sigmas("karras", 60), eta, images=1, size=20000))
     assert x.mean() == pytest.approx(0.22, abs=0.03)
     assert x.std() == pytest.approx(0.711, rel=0.05)  # euler_a, of first order, is 3.5 percent low
