@@ -262,6 +262,27 @@ def test_text_encoders_of_sd3_have_multipliers_of_their_own(dit: Opens, tmp_path
     np.testing.assert_array_equal(paint({}), plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("FLUX.1-Turbo-Alpha", "Turbo, made for steps 8 and multiplier 1;"),
+        ("Hyper-FLUX.1-dev-16steps-lora", "Hyper, made for steps 16 and multiplier 0.125;"),
+    ],
+)
+def test_a_distilled_lora_says_its_settings(
+    name: str, told: str, dit: Opens, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = lora_dit.random_update(FLUX, ["img_in"])
+    path = lora_dit.write(kohya()(update), tmp_path / f"{name}.safetensors")
+    request = {"width": 32, "height": 32, "steps": 8}
+    dit(FLUX).generate("a cat", loras={path: 0.125}, **request)
+    assert not caplog.records
+    dit(FLUX).generate("a cat", loras={path: 1.0}, **{**request, "steps": 20})
+    assert told in caplog.text
+    assert len(caplog.records) == 1
+    dit(FLUX).apply_loras({})
+
+
 def test_guidance_of_a_lora_for_dev_is_absent_from_schnell(dit: Opens, tmp_path: Path) -> None:
     update = lora_dit.random_update(FLUX, ["guidance_in.in_layer", "img_in", "txt_in"])
     report = dit(FLUX_SCHNELL).inspect_lora(lora_dit.write(kohya()(update), tmp_path / "dev.safetensors"))

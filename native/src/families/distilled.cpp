@@ -92,7 +92,7 @@ std::optional<DistilledLora> settings_of_lora(const std::string & path, const Pi
             if (words.find(kind.mark) != std::string::npos) {
                 const int steps = stated > 0 ? stated : kind.steps;
                 return DistilledLora{steps, usual, kind.multiplier,
-                                     text("a %s LoRA, made for %d steps and multiplier %g", kind.name, steps, kind.multiplier)};
+                                     text("%s, made for steps %d and multiplier %g", kind.name, steps, kind.multiplier)};
             }
         }
         return std::nullopt;
@@ -102,7 +102,7 @@ std::optional<DistilledLora> settings_of_lora(const std::string & path, const Pi
             const int   steps = stated > 0 ? stated : kind.defaults.steps;
             const float cfg_scale = keeps_cfg ? usual : kind.defaults.cfg_scale;
             return DistilledLora{steps, cfg_scale, 1,
-                                 text("a %s LoRA, made for steps %d, cfg_scale %g, sampler '%s' and scheduler '%s'", kind.name,
+                                 text("%s, made for steps %d, cfg_scale %g, sampler '%s' and scheduler '%s'", kind.name,
                                       steps, static_cast<double>(cfg_scale), kind.defaults.sampler, kind.defaults.scheduler)};
         }
     }

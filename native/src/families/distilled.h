@@ -17,7 +17,7 @@ struct DistilledLora {
     int         steps;
     float       cfg_scale;
     double      multiplier;
-    std::string sentence; // "a Hyper LoRA, made for 8 steps, …"
+    std::string sentence; // "Hyper, made for steps 8, …"
 };
 std::optional<DistilledLora> settings_of_lora(const std::string & path, const Pipeline & model);
 

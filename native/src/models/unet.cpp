@@ -143,17 +143,20 @@ void Unet::declare_down() {
 
 void Unet::declare_middle() {
     const int64_t deepest = skip_widths_.back();
-    const auto    residual = [&](const char * name, const char * diffusers) -> std::optional<ResBlock> {
-        const Scope there = here_.at(name, diffusers);
-        const bool  has = there.at("in_layers.0", "norm1").has() || there.at("in_layers.2", "conv1").has();
-        return has ? std::optional<ResBlock>({there, deepest, deepest, time_width_}) : std::nullopt;
+    const Scope   first = here_.at("middle_block.0", "mid_block.resnets.0");
+    const Scope   attention = here_.at("middle_block.1", "mid_block.attentions.0");
+    const Scope   second = here_.at("middle_block.2", "mid_block.resnets.1");
+    const auto    is_residual = [](const Scope & scope) {
+        return scope.at("in_layers.0", "norm1").has() || scope.at("in_layers.2", "conv1").has();
     };
-    const Scope attention = here_.at("middle_block.1", "mid_block.attentions.0");
-    mid1_ = residual("middle_block.0", "mid_block.resnets.0");
-    if (attention.at("norm").has() || attention.at("proj_in").has()) {
-        mid_transformer_ = transformer(attention, deepest);
+    const bool whole = attention.at("norm").has() || attention.at("proj_in").has() || is_residual(second);
+    if (whole || is_residual(first)) {
+        mid1_ = {first, deepest, deepest, time_width_};
     }
-    mid2_ = residual("middle_block.2", "mid_block.resnets.1");
+    if (whole) {
+        mid_transformer_ = transformer(attention, deepest);
+        mid2_ = {second, deepest, deepest, time_width_};
+    }
 }
 
 // The way up mirrors the way down: a residual block for every skip of its level.
