@@ -101,8 +101,12 @@ Context::Context(const OpenParams & params)
       pipeline_(family_->open(weights_, {params.data_dir, params.prediction, params.zero_snr})), runner_(device_, weights_),
       lora_names_(weights_),
       loras_(weights_, device_,
-             [this](const std::string & path) { return read(path); },
+             [this](const std::string & path) { return read_with_settings(path); },
              params.loras) {
+    if (pipeline_->prediction() == Prediction::flow && (!params.prediction.empty() || params.zero_snr.value_or(false))) {
+        fail(Status::bad_argument, "prediction and zero_snr: a model of %s is a rectified flow, which has neither",
+             written(*family_).c_str());
+    }
     weights_.load(device_);
     if (log_) {
         log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
@@ -614,10 +618,10 @@ double Context::lora_drift() {
 
 LoraReport Context::inspect_lora(const std::string & path) {
     const Claim claim(*this, {});
-    return read(path).report;
+    return read_with_settings(path).report;
 }
 
-LoraFile Context::read(const std::string & lora) const {
+LoraFile Context::read_with_settings(const std::string & lora) const {
     LoraFile   file = read_lora(lora, lora_names_, written(*family_));
     const auto settings = settings_of_lora(lora, *pipeline_);
     file.report.settings = settings ? settings->sentence : "";

@@ -113,7 +113,7 @@ class Context {
     void         complete_sizes(Request & request) const;
     void         check_control(const Request & request) const;
     void         hint_at_settings(const Request & request);
-    LoraFile     read(const std::string & lora) const;
+    LoraFile     read_with_settings(const std::string & lora) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);

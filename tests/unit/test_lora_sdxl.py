@@ -276,7 +276,7 @@ NAMES_THAT_TELL = {
 }
 
 
-@pytest.mark.parametrize("name", [*NAMES_THAT_TELL, "pencil", "hyperrealism"])
+@pytest.mark.parametrize("name", [*NAMES_THAT_TELL, "pencil", "hyperrealism", "lightning bolts", "turbo-car-lora"])
 def test_a_distilled_lora_says_its_settings(
     name: str, tiny_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_flux
 import tiny_sdxl
 from cases import SD1, SDXL
+from cases_dit import FLUX
 from safetensors.numpy import load_file, save_file
 from tiny_sdxl import SDXL_V
 from typer.testing import CliRunner
@@ -153,6 +155,15 @@ def test_noise_alone_cannot_be_told_by_eps(tmp_path: Path) -> None:
         SDContext(silent, zero_snr=True)
     with SDContext(tmp_path / "eps.safetensors", zero_snr=False) as context:
         assert (context.info.prediction, context.info.zero_snr) == ("eps", False)
+
+
+def test_rectified_flows_have_no_prediction_to_choose(tmp_path: Path) -> None:
+    flux = tiny_flux.write_folder(FLUX, tmp_path / "flux")
+    for options in ({"prediction": "v"}, {"zero_snr": True}):
+        with pytest.raises(BadArgument, match="a model of FLUX is a rectified flow, which has neither"):
+            SDContext(flux, **options)
+    with SDContext(flux, zero_snr=False, threads=1) as context:
+        assert context.info.prediction == "flow"
 
 
 def test_conversion_keeps_what_a_file_says_of_itself(tmp_path: Path) -> None:

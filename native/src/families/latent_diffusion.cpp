@@ -19,7 +19,8 @@ const std::string * find_value(const Checkpoint & file, const char * key) {
 } // namespace
 
 LatentDiffusion::LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind)
-    : bpe_(options.data_dir + "/clip_merges.txt"), unet_(weights.root("model.diffusion_model", "unet"), kind.unet, unet_text_input(weights.checkpoint())->ne[0]),
+    : bpe_(options.data_dir + "/clip_merges.txt"),
+      unet_(weights.root("model.diffusion_model", "unet"), kind.unet, unet_text_input(weights.checkpoint())->ne[0]),
       kind_(kind),
       vae_(kind.wide_vae ? weights.root("first_stage_model", "vae").wide() : weights.root("first_stage_model", "vae")),
       scale_(kind.scale), defaults_(defaults_for(weights.checkpoint().path(), kind.defaults)),
@@ -65,8 +66,9 @@ bool LatentDiffusion::read_zero_snr(const Checkpoint & file) const {
     const bool          marked = file.has("ztsnr") || (stated && *stated == "true");
     if (asked_zero_snr_.value_or(marked) && prediction_ != Prediction::v) {
         fail(asked_zero_snr_ ? Status::bad_argument : Status::unsupported,
-             "%s: zero terminal SNR with prediction eps; at its highest level there is noise alone, and eps says nothing of "
-             "the picture: give prediction 'v', or zero_snr false", file.path().c_str());
+             "%s: zero terminal SNR with prediction eps; at its highest level there is noise alone, and eps says "
+             "nothing of the picture: give prediction 'v', or zero_snr false",
+             file.path().c_str());
     }
     return asked_zero_snr_.value_or(marked);
 }
