@@ -109,6 +109,7 @@ def test_text_to_image(pair: tuple[SDContext, Truth]) -> None:
     assert np.mean(levels <= 1) >= 0.999
 
 
+# Whole runs below compare to 1e-4: both sides are float32, and 2e-6 to 2e-5 apart.
 # Ours, and what StableDiffusionXLPipeline calls it, with the height first.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "original": ({"original_size": (48, 16)}, {"original_size": (16, 48)}),
@@ -136,7 +137,7 @@ def test_sizes_that_sdxl_is_told(told: str, tiny_folder: Callable[..., Path]) ->
     assert relative_rmse(want, usual) > 0.01, "the sizes have no effect"
     with SDContext(tiny_folder(SDXL), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST, **ours)
-        assert_close(latent_of(context), want, tolerance=1e-3)
+        assert_close(latent_of(context), want, tolerance=1e-4)
 
 
 def test_image_to_image(pair: tuple[SDContext, Truth]) -> None:
@@ -192,7 +193,7 @@ def test_zero_terminal_snr(rescale: float, tiny_folder: Callable[..., Path]) -> 
     with SDContext(tiny_folder(SDXL_V), threads=1) as context:
         assert (context.info.prediction, context.info.zero_snr) == ("v", True)
         context.generate(PROMPT, NEGATIVE, **ZERO_SNR, guidance_rescale=rescale)
-        assert_close(latent_of(context), want, tolerance=1e-3)
+        assert_close(latent_of(context), want, tolerance=1e-4)
         if rescale:
             context.generate(PROMPT, NEGATIVE, **ZERO_SNR)
             assert relative_rmse(latent_of(context), want) > 0.01, "rescaling has no effect"
@@ -206,7 +207,7 @@ def test_ssd_1b_paints(tiny_folder: Callable[..., Path]) -> None:
     want = truth.paint(latents=noise(64, 96), width=96, height=64)
     with SDContext(tiny_folder(SSD_1B), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
-        assert_close(latent_of(context), want, tolerance=1e-3)
+        assert_close(latent_of(context), want, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["runtime", "restore"])
@@ -245,7 +246,7 @@ def test_multipliers_of_each_part_are_diffusers(mode: str, tiny_folder: Callable
     with SDContext(tiny_folder(SDXL), lora_dir=tmp_path, lora_mode=mode, threads=1) as context:
         request = REQUEST | {"width": 64, "height": 64}
         context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
-        assert_close(latent_of(context), want, tolerance=1e-3)
+        assert_close(latent_of(context), want, tolerance=1e-4)
         context.generate(f"{PROMPT}<lora:x:te=0.4:unet=-0.5>", NEGATIVE, **request)
         assert relative_rmse(latent_of(context), want) > 0.01, "te2 has no effect"
 
