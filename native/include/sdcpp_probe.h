@@ -85,8 +85,8 @@ SD_API sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_
 // What torch.randn(n) gives: [n].
 SD_API sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive receive, void * user);
 
-// Noise levels of a Stable Diffusion 1.x run: [steps + 1].
-SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user);
+// Noise levels of a Stable Diffusion 1.x run: [steps + 1]; of a model whose highest one is noise alone.
+SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_receive receive, void * user);
 
 // The denoiser of a sampler under test: x and denoised are [n]; return false to stop.
 typedef bool (*sd_probe_denoiser)(const float * x, float sigma, float * denoised, int64_t n, void * user);

@@ -156,9 +156,10 @@ sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive 
     });
 }
 
-sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user) {
+sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_receive receive, void * user) {
     return guarded([&] {
-        give(sd::make_sigmas(or_empty(scheduler), sd::NoiseSchedule::scaled_linear(), steps), receive, user);
+        const auto trained = sd::NoiseSchedule::scaled_linear(sd::align_your_steps_sd1(), zero_snr);
+        give(sd::make_sigmas(or_empty(scheduler), trained, steps), receive, user);
     });
 }
 
@@ -183,6 +184,8 @@ sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigm
         run.sigmas.assign(sigmas, sigmas + n_sigmas);
         run.rngs = &rngs;
         run.eta = eta;
+        static const sd::NoiseSchedule trained = sd::NoiseSchedule::scaled_linear();
+        run.trained = &trained;
         run.denoise = [&](const std::vector<float> & at, float sigma, std::vector<float> & denoised) {
             denoised.resize(at.size());
             if (!denoise(at.data(), sigma, denoised.data(), n, user)) {
