@@ -139,7 +139,8 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
                uint64_t seed, int batch_size, const Name & sampler, const Name & scheduler, const Name & rng,
                float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
                const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
-               const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image) {
+               const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image,
+               const std::optional<Bytes> & reference_image) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
     const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
@@ -167,6 +168,12 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.strength = strength;
     request.mask = pixels(mask, "mask", width, height, 1);
     request.control_image = pixels(control_image, "control_image", width, height, 3);
+    if (reference_image && reference_image->ndim() == 3) { // of any size
+        request.reference_height = static_cast<int>(reference_image->shape(0));
+        request.reference_width = static_cast<int>(reference_image->shape(1));
+    }
+    request.reference_image =
+        pixels(reference_image, "reference_image", request.reference_width, request.reference_height, 3);
     request.vae_tile = vae_tile;
     request.on_step = on_step.is_none() ? nullptr : Run::step;
     request.keep_going = Run::keep_going;
@@ -190,7 +197,8 @@ void bind_generate(py::module_ & m, ContextClass & context) {
     context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
-                "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none());
+                "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none(),
+                "reference_image"_a = py::none());
 }
 
 } // namespace binding

@@ -125,6 +125,9 @@ sd::Request to_request(const sd_request & from) {
     request.strength = from.strength;
     request.mask = from.mask;
     request.control_image = from.control_image;
+    request.reference_image = from.reference_image;
+    request.reference_width = from.reference_width;
+    request.reference_height = from.reference_height;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -673,7 +676,7 @@ sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive,
 }
 
 sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng, uint64_t seed,
-                          int64_t skip, float eta, float * x, int64_t n, int images, sd_probe_denoiser denoise,
+                          int64_t skip, float eta, bool flow, float * x, int64_t n, int images, sd_probe_denoiser denoise,
                           void * user) {
     return guarded([&] {
         need(sigmas, "sigmas");
@@ -693,6 +696,7 @@ sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigm
         run.sigmas.assign(sigmas, sigmas + n_sigmas);
         run.rngs = &rngs;
         run.eta = eta;
+        run.flow = flow;
         run.denoise = [&](const std::vector<float> & at, float sigma, std::vector<float> & denoised) {
             denoised.resize(at.size());
             if (!denoise(at.data(), sigma, denoised.data(), n, user)) {
