@@ -110,6 +110,7 @@ def generate(
         tuple[int, int] | None,
         typer.Option(help="Width and height it has now, likewise. [default: those of the picture]", show_default=False),
     ] = None,
+    reference_image: Annotated[Path | None, typer.Option(help="Picture to change, for FLUX.1 Kontext.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
@@ -145,6 +146,8 @@ def generate(
             raise BadArgument(f"{like}: was painted with a mask; give that with --mask")
         if told.control_hash and control_image is None:
             raise BadArgument(f"{like}: was painted with a control image; give that with --control-image")
+        if told.reference_hash and reference_image is None:
+            raise BadArgument(f"{like}: was painted with a reference image; give that with --reference-image")
         if output is not None:
             _check_output(output)
         options = {
@@ -202,6 +205,7 @@ def generate(
                 init_image=init_image,
                 mask=mask,
                 control_image=control_image,
+                reference_image=reference_image,
                 on_step=on_step,
             )
         pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
@@ -229,7 +233,7 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 def _compare(told: Parameters, used: Parameters) -> None:
     encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash")
-    pictures = ("init_image_hash", "mask_hash", "control_hash")
+    pictures = ("init_image_hash", "mask_hash", "control_hash", "reference_hash")
     for field in ("model_hash", "vae_hash", *encoders, *pictures, "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
@@ -319,7 +323,9 @@ def _cost_table(costs: Sequence[bench.Operation], peak: float | None) -> Table:
         gflops = f"{rate / 1e9:.0f}" if rate else ""
         of_peak = f"{rate / peak:.0%}" if rate and peak else ""
         share = f"{cost.seconds / total:.1%}"
-        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak)
+        table.add_row(
+            cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak
+        )
     return table
 
 

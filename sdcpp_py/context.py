@@ -25,6 +25,7 @@ from .lora.library import LoraLibrary
 from .lora.report import LoraReport
 from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
 from .prompt import Prompt, Span, parse, parse_negative, shown
+from .sizes import kontext_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -323,6 +324,7 @@ class SDContext:
         negative_original_size: Pair | None = None,
         negative_crop_top_left: Pair | None = None,
         negative_target_size: Pair | None = None,
+        reference_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -337,7 +339,8 @@ class SDContext:
             prompts: Instead of prompt and batch_size: one for each picture of a batch, each with its own LoRAs.
             loras: More LoRAs, for all pictures, on top of those in the prompts; see ``apply_loras``. The same one
                 twice acts with the sum.
-            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else the model's own.
+            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else as reference_image is best
+                looked at, else the model's own.
             height: Likewise.
             steps: How often the denoiser runs, at least 1.
             cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
@@ -365,6 +368,9 @@ class SDContext:
             negative_original_size: The same for the negative prompt; None: as for the prompt.
             negative_crop_top_left: Likewise.
             negative_target_size: Likewise.
+            reference_image: The picture that the prompt says how to change, for FLUX.1 Kontext, which is any model of
+                FLUX.1 dev's structure: nothing in the weights tells the two apart. It is scaled
+                to the trained size of nearest proportions, or less for a smaller picture, see sizes.py.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -395,6 +401,7 @@ class SDContext:
         batch_size = _whole("batch_size", batch_size, 1) if prompts is None else len(texts)
         seed = _seed(seed, batch_size)
         control = None if control_image is None else open_picture(control_image, "control_image")
+        reference = None if reference_image is None else open_picture(reference_image, "reference_image")
         steps = None if steps is None else _whole("steps", steps, 1)
         cfg_scale = None if cfg_scale is None else _number("cfg_scale", cfg_scale)
         guidance_rescale = None if guidance_rescale is None else _number("guidance_rescale", guidance_rescale, 0)
@@ -415,7 +422,8 @@ class SDContext:
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
-            width, height = _size(width, height, start.size if start else None, info)
+            like = start.size if start else kontext_size(reference.size) if reference else None
+            width, height = _size(width, height, like, info)
             steps = steps or defaults["steps"]
             cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
             if guidance is None and defaults["guidance"] >= 0:
@@ -427,6 +435,10 @@ class SDContext:
             init_pixels = None if start is None else pixels(start, "RGB", (width, height))
             mask_pixels = None if where is None else pixels(where, "L", (width, height))
             control_pixels = None if control is None else pixels(control, "RGB", (width, height))
+            reference_pixels = None
+            if reference is not None:
+                reference_size = kontext_size(reference.size, width * height, info["size_multiple"])
+                reference_pixels = pixels(reference, "RGB", reference_size)
             uses = [
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
@@ -457,6 +469,7 @@ class SDContext:
                 strength=strength,
                 mask=mask_pixels,
                 control_image=control_pixels,
+                reference_image=reference_pixels,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
                 guidance_rescale=guidance_rescale or 0.0,
@@ -482,6 +495,7 @@ class SDContext:
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
             control_hash=_hash(control_pixels),
+            reference_hash=_hash(reference_pixels),
             backend=info["backend"],
             precision=info["precision"],
             **told,

@@ -96,6 +96,7 @@ class Parameters:
     init_image_hash: str | None = None
     mask_hash: str | None = None
     control_hash: str | None = None
+    reference_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -162,6 +163,7 @@ _FIELDS: Final = (
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
     ("Control image hash", "control_hash", str),
+    ("Reference image hash", "reference_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),

@@ -269,6 +269,8 @@ typedef struct sd_request {
     float             strength;         // of the change to init_image, 0 to 1
     const uint8_t *   mask;             // width * height grey, 255 where to repaint; needs init_image; or NULL
     const uint8_t *   control_image;    // width * height RGB, edges or depths, for models that need one; or NULL
+    const uint8_t *   reference_image;  // reference_width * reference_height RGB, for FLUX.1 Kontext to look at; or NULL
+    int               reference_width, reference_height;
     int               vae_tile;         // decode and encode in tiles of this many pixels; 0: only where needed
     sd_on_step        on_step;          // may be NULL
     sd_keep_going     keep_going;       // may be NULL

@@ -92,9 +92,9 @@ SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_sn
 typedef bool (*sd_probe_denoiser)(const float * x, float sigma, float * denoised, int64_t n, void * user);
 
 // Runs a sampler alone over `images` images one after another in `x`: [n]. Image k draws from seed + k,
-// after `skip` normal numbers of the same stream.
+// after `skip` normal numbers of the same stream. `flow`: of a rectified flow.
 SD_API sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng,
-                                 uint64_t seed, int64_t skip, float eta, float * x, int64_t n, int images,
+                                 uint64_t seed, int64_t skip, float eta, bool flow, float * x, int64_t n, int images,
                                  sd_probe_denoiser denoise, void * user);
 
 // The tensors of a checkpoint as stored, without opening a model: calls `each` once per tensor.

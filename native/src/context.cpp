@@ -11,6 +11,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 namespace sd {
 
@@ -161,6 +162,14 @@ void Context::complete(Request & r) const {
     if (r.mask && !r.init_image) {
         fail(Status::bad_argument, "a mask was given without init_image, the picture that it masks");
     }
+    if (r.reference_image && (r.reference_width < multiple || r.reference_height < multiple || r.reference_width > max_side ||
+                              r.reference_height > max_side || r.reference_width % multiple != 0 || r.reference_height % multiple != 0)) {
+        fail(Status::bad_argument, "reference_image of %d x %d: both must be multiples of %d, at most %d", r.reference_width,
+             r.reference_height, multiple, max_side);
+    }
+    if (r.reference_image && !pipeline_->takes_reference()) {
+        fail(Status::bad_argument, "a reference_image was given, but this model does not look at one; FLUX.1 Kontext does");
+    }
     if (r.vae_tile < 0 || r.vae_tile > max_side || r.vae_tile % (4 * multiple) != 0) {
         fail(Status::bad_argument, "vae_tile %d: must be 0 or a multiple of %d pixels", r.vae_tile, 4 * multiple);
     }
@@ -179,10 +188,6 @@ void Context::complete(Request & r) const {
         r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
-    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
-        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
-             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
-    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
@@ -225,6 +230,9 @@ void Context::check_control(const Request & r) const {
         fail(Status::bad_argument, "%s takes %lld input features, where the plain model has %lld: it needs a control_image, a "
              "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
              static_cast<long long>(plain + more), static_cast<long long>(plain));
+    }
+    if (of_lora && r.reference_image) {
+        fail(Status::bad_argument, "a control LoRA is in force, whose inputs a reference_image does not have; leave one of them out");
     }
     if (r.control_image && !of_lora && !of_model) {
         fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
@@ -280,6 +288,18 @@ static void append_image(Conditioning & all, const Conditioning & one) {
     }
 }
 
+void Context::warn_unread(const Request & request, bool guided) const {
+    std::set<std::string> told;
+    for (const auto * prompts : {&request.prompts, &request.negative_prompts}) {
+        for (size_t i = 0; log_ && i < prompts->size() && (guided || prompts == &request.prompts); ++i) {
+            const std::string unread = pipeline_->unread((*prompts)[i]);
+            if (!unread.empty() && told.insert(unread).second) {
+                log_(Level::warning, unread);
+            }
+        }
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -325,9 +345,26 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     return latent;
 }
 
-static int tile_for(const Request & r) {
-    const bool whole = static_cast<int64_t>(r.width) * r.height <= whole_picture;
+static int tile_for(const Request & r, int width, int height) {
+    const bool whole = static_cast<int64_t>(width) * height <= whole_picture;
     return r.vae_tile > 0 ? r.vae_tile : whole ? 0 : auto_tile;
+}
+
+static int tile_for(const Request & r) { return tile_for(r, r.width, r.height); }
+
+// The latent of the picture to look at, as often as the denoiser runs at once.
+std::optional<Tensor> Context::encode_reference(const Request & r, int runs) {
+    if (!r.reference_image) {
+        return std::nullopt;
+    }
+    const int    width = r.reference_width, height = r.reference_height;
+    const Tensor one = encode_picture(image_from_rgb(r.reference_image, width, height).data, width, height,
+                                      tile_for(r, width, height));
+    Tensor       out({one.ne[0], one.ne[1], one.ne[2], runs});
+    for (int run = 0; run < runs; ++run) {
+        std::copy(one.data.begin(), one.data.end(), out.data.begin() + run * static_cast<int64_t>(one.data.size()));
+    }
+    return out;
 }
 
 Context::Latents Context::start(const Request & r) {
@@ -448,6 +485,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     const Latents       begin = start(r);
     const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
     std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
+    warn_unread(r, guided);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -473,6 +511,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
+    const std::optional<Tensor> reference = encode_reference(r, runs);
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
     const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
     Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
@@ -480,6 +519,9 @@ void Context::generate(Request r, uint8_t * rgb) {
     if (pipeline_->defaults().guidance > 0) {
         std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
         inputs["guidance"] = &guidance;
+    }
+    if (reference) {
+        inputs["reference"] = &*reference;
     }
     for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
         for (const auto & [name, tensor] : *part) {
@@ -531,7 +573,7 @@ void Context::generate(Request r, uint8_t * rgb) {
             fail(Status::cancelled, "stopped after step %d of %d", step, of);
         }
     };
-    sample(r.sampler, {sigmas, &rngs, r.eta, denoise, on_step, &trained}, x);
+    sample(r.sampler, {sigmas, &rngs, r.eta, prediction == Prediction::flow, denoise, on_step, &trained}, x);
 
     last_latent_.ne = begin.ne;
     last_latent_.data = std::move(x);

@@ -48,6 +48,8 @@ struct Request {
     float                                       strength = 1;
     const uint8_t *                             mask = nullptr; // width * height grey
     const uint8_t *                             control_image = nullptr; // width * height RGB
+    const uint8_t *                             reference_image = nullptr; // reference_width * reference_height RGB
+    int                                         reference_width = 0, reference_height = 0;
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;
@@ -114,11 +116,13 @@ class Context {
     void         check_control(const Request & request) const;
     void         hint_at_settings(const Request & request);
     LoraFile     read_with_settings(const std::string & lora) const;
+    void         warn_unread(const Request & request, bool guided) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
     std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
                                          const std::optional<Tensor> & mask);
+    std::optional<Tensor> encode_reference(const Request & request, int runs);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 

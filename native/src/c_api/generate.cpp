@@ -60,6 +60,9 @@ sd::Request to_request(const sd_request & from) {
     request.strength = from.strength;
     request.mask = from.mask;
     request.control_image = from.control_image;
+    request.reference_image = from.reference_image;
+    request.reference_width = from.reference_width;
+    request.reference_height = from.reference_height;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
