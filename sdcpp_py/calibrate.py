@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .context import AnyPath, SDContext
+from .context import SDContext
 from .errors import BadArgument, Cancelled
+from .files import AnyPath
 from .weights.imatrix import write_imatrix
 
 OnProgress = Callable[[int, int, str], Any]

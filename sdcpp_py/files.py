@@ -1,17 +1,65 @@
-"""Where things lie: the model that ships, the vocabularies, and the hashes of model files."""
+"""Files: writing them whole or not at all, where what ships lies, and the hashes of models."""
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from .errors import Io, from_os_error
-from .image import whole_file
+
+AnyPath = str | os.PathLike[str]
 
 HASH_DIGITS: Final = 10  # what webui shows of a SHA-256
+
+
+# ---- writing -------------------------------------------------------------------------------------------
+
+
+def check_target(path: Path) -> None:
+    """Says before long work what would fail after it.
+
+    Raises:
+        Io: There is no folder to write the file into, or it is a folder itself.
+    """
+    if not os.path.isdir(path.parent):
+        raise Io(f"{path}: there is no folder {path.parent}; make it first")
+    if os.path.isdir(path):
+        raise Io(f"{path}: is a folder; name a file in it")
+
+
+def real_path(path: Path) -> Path:
+    """Without links, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))
+
+
+def is_same(a: Path, b: Path) -> bool:
+    """Whether both are one file, by whatever names; not where one of them is missing."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name only once it is complete: written beside and renamed."""
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with beside.open("xb") as stream:
+            yield stream
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+# ---- what ships ----------------------------------------------------------------------------------------
 
 
 def package_folders() -> list[Path]:
@@ -60,7 +108,7 @@ def model_hash(path: Path) -> str | None:
     if file is None:
         return None
     try:
-        key, state = str(file.resolve()), _state(file)
+        key, state = os.path.realpath(file), _state(file)
         known = _read_cache()
         if known.get(key, [])[:2] != state:
             known[key] = [*state, _sha256(file)]
@@ -80,7 +128,7 @@ def state_of(path: Path) -> list[int] | None:
 
 
 def _hashed_file(path: Path) -> Path | None:
-    return path if not path.is_dir() else next(iter(sorted(path.glob("unet/*.safetensors"))), None)
+    return path if not os.path.isdir(path) else next(iter(sorted(path.glob("unet/*.safetensors"))), None)
 
 
 def models_with_hash(short: str) -> Iterator[Path]:

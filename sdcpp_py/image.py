@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from .errors import BadArgument, BadFile, from_os_error
+from .files import AnyPath, whole_file
 
 # Our names and webui's.
 SAMPLERS: Final = {
@@ -268,7 +268,7 @@ class PaintedImage(Image.Image):
 
     def save(
         self,
-        fp: str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes],
+        fp: AnyPath | bytes | os.PathLike[bytes] | IO[bytes],
         format: str | None = None,
         **params: Any,
     ) -> None:
@@ -313,20 +313,6 @@ def file_format(path: Path) -> str:
     return format
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name only once it is complete: written beside and renamed."""
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with beside.open("xb") as stream:
-            yield stream
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def is_picture(path: Path) -> bool:
     """Whether a file begins as pictures do; it may still be damaged."""
     try:
@@ -338,7 +324,7 @@ def is_picture(path: Path) -> bool:
         raise from_os_error(path, error) from error
 
 
-def read_parameters(path: str | os.PathLike[str]) -> str:
+def read_parameters(path: AnyPath) -> str:
     """The text of a picture's "parameters" chunk.
 
     Raises:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .context import AnyPath, SDContext
+from .context import SDContext
 from .errors import BadArgument, Cancelled
+from .files import AnyPath
 from .weights import Tensor, open_source
 from .weights.names import single_file_names
 from .weights.writing import PIECE

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from ..errors import BadArgument, Unsupported
+from ..files import AnyPath, is_same
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
 from ..weights.names import single_file_names
@@ -18,7 +19,7 @@ from .library import LoraLibrary
 from .model import Model, Slice
 from .rewrite import Input, base_of, is_matrix
 from .source import Floats
-from .tools import AnyPath, open_together, read_lora
+from .tools import open_together, read_lora
 
 OnProgress = Callable[[int, int, str], Any]
 _SHOWN: Final = 3  # names in a note
@@ -67,7 +68,7 @@ def bake(
     inputs = open_together(tags, None, base)
     target = Path(output)
     for path in (base.path, *(one.source.path for one in inputs)):
-        if target.exists() and target.samefile(path):
+        if is_same(target, path):
             raise BadArgument(f"{target}: is one of the files to read; write to another")
     changed = {n: slices for n, slices in _by_tensor(base).items() if _is_changed(slices, inputs)}
     if not changed:

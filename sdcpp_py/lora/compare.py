@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
@@ -15,7 +16,7 @@ from .model import Model
 from .outline import NORM
 from .rewrite import OnStep, base_of, step
 from .source import LoraSource, described
-from .tools import AnyPath, open_together
+from .tools import open_together
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BadArgument
+from ..files import AnyPath
 from . import algebra, spelling
 from .model import Model
 from .outline import NORM, TABLE, Module
 from .rewrite import OnStep, in_parallel, step
 from .source import Floats, described
 from .spelling import Format, Unit
-from .tools import AnyPath, threads_of
+from .tools import threads_of
 from .writer import TYPES, safetensors_file
 
 

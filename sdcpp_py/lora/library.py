@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import BadArgument, Io, Unsupported, from_os_error
+from ..files import AnyPath
 from ..prompt import shown
 
 ENDINGS: Final = (".safetensors", ".gguf")  # in the order in which they are tried
@@ -22,8 +23,6 @@ ADAPTER_FILES: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safet
 _DEEPEST: Final = 16  # folders in folders
 _SHOWN: Final = 5  # names in a message
 _LONGEST: Final = 255  # characters of a name that are compared with others
-
-AnyPath = str | os.PathLike[str]
 
 
 class LoraLibrary:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from ..errors import BadArgument, BadFile, Cancelled, Unsupported
+from ..files import is_same
 from . import algebra, spelling
 from .algebra import Pair
 from .blocks import Blocks
@@ -253,7 +254,7 @@ def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> 
                     f"{source.path}: changes a {mine.rows}x{mine.columns} {source.outline.modules[i].name}, and "
                     f"{first.path} one of {theirs.rows}x{theirs.columns}; they are for different models"
                 )
-        if output.exists() and output.samefile(source.path):
+        if is_same(output, source.path):
             raise BadArgument(f"{output}: is one of the files to read; write to another")
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag, shown
 from .blocks import FAMILIES, Blocks, read_blocks
-from .library import AnyPath, LoraLibrary
+from .library import LoraLibrary
 
 log = logging.getLogger("sdcpp_py")
 

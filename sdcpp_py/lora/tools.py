@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
@@ -20,8 +21,6 @@ from .model import Model
 from .outline import outline_of
 from .rewrite import Input, OnStep, Plan, Rewritten, rewrite
 from .source import LoraSource, described
-
-AnyPath = str | os.PathLike[str]
 
 
 def convert(
