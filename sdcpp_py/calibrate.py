@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import check
 from .context import SDContext
 from .errors import BadArgument, Cancelled
 from .files import AnyPath
@@ -42,7 +43,7 @@ def calibrate(
         Cancelled: ``on_progress`` said so.
         SdcppError: As ``SDContext`` and ``generate``.
     """
-    if not prompts:
+    if not check.texts("prompts", prompts):
         raise BadArgument("prompts: name at least one picture to paint")
     with SDContext(model, threads=threads) as sd_ctx:
         sd_ctx._native.collect_importance(True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from .errors import BadArgument
 from .prompt import shown
 
@@ -61,6 +63,13 @@ def number(argument: str, value: object, least: float = -MOST) -> float:
     if found is None or not least <= found <= MOST:
         raise BadArgument(f"{argument} {brief(value)}: must be a finite number" + (", 0 or more" if least == 0 else ""))
     return found
+
+
+def flag(argument: str, value: object) -> bool:
+    """True or False; "no" is neither."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise BadArgument(f"{argument} {brief(value)}: must be True or False")
+    return bool(value)
 
 
 def one_of(argument: str, name: object, known: Sequence[str]) -> None:

@@ -171,8 +171,8 @@ class SDContext:
             prediction=None if prediction is None else check.text("prediction", prediction),
             lora_mode=check.text("lora_mode", lora_mode),
             base_copy=check.text("base_copy", base_copy),
-            requantise=bool(requantise),
-            strict_loras=bool(strict_loras),
+            requantise=check.flag("requantise", requantise),
+            strict_loras=check.flag("strict_loras", strict_loras),
             lora_cache=check.whole("lora_cache", lora_cache, 0),
         )
 
@@ -365,6 +365,8 @@ class SDContext:
         strength = None if strength is None else check.number("strength", strength)
         clip_skip = None if clip_skip is None else check.whole("clip_skip", clip_skip, 1)
         vae_tile = None if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
+        if on_step is not None and not callable(on_step):
+            raise BadArgument(f"on_step: must be a function, not {type(on_step).__name__}")
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
@@ -503,11 +505,12 @@ def _prompt_texts(prompt: object, prompts: object, batch_size: object) -> list[s
         return [check.text("prompt", prompt)]
     if prompt is not None:
         raise BadArgument("prompt: is given, and prompts as well; one of them says what to paint")
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+    texts = check.texts("prompts", prompts)
+    if not texts:
         raise BadArgument("prompts: must be a list of texts, one for each picture")
-    if batch_size not in (1, len(prompts)):
-        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(prompts)} prompts; leave it out")
-    return [check.text("prompts", text) for text in prompts]
+    if batch_size not in (1, len(texts)):
+        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(texts)} prompts; leave it out")
+    return texts
 
 
 def _seed(seed: int | None, batch_size: int) -> int:

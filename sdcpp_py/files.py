@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -30,6 +32,20 @@ def check_target(path: Path) -> None:
         raise Io(f"{path}: there is no folder {path.parent}; make it first")
     if os.path.isdir(path):
         raise Io(f"{path}: is a folder; name a file in it")
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what is there and is no file: a pipe that nobody writes to would be waited for.
+
+    Raises:
+        Io: It is a folder, a device or a pipe.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise from_os_error(path, error) from error
+    if not stat.S_ISREG(mode):
+        raise Io(f"{path}: is {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}, and no file")
 
 
 def real_path(path: Path) -> Path:
@@ -99,7 +115,8 @@ def model_hash(path: Path) -> str | None:
     """The first 10 digits of the SHA-256 of a model file, as webui's "Model hash".
 
     Of a diffusers folder it is that of its denoiser's file; None where there is none. Reading 2 GB takes
-    seconds, so results are kept in the user's cache folder, by path, size and time of change.
+    seconds, so results are kept in the user's cache folder, by path, size and time of change; those of files that are
+    gone are dropped when another one is added.
 
     Raises:
         Io: The file cannot be read.
@@ -111,6 +128,7 @@ def model_hash(path: Path) -> str | None:
         key, state = os.path.realpath(file), _state(file)
         known = _read_cache()
         if known.get(key, [])[:2] != state:
+            known = {name: value for name, value in known.items() if os.path.exists(name)}
             known[key] = [*state, _sha256(file)]
             _write_cache(known)
     except OSError as error:
@@ -168,9 +186,19 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> dict[str, list[Any]]:
+    """Size, time of change and SHA-256 of files, by their paths; not to be changed."""
     try:
-        known = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+        file = _cache_file()
+        return _parsed(file, *_state(file))
+    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
+        return {}
+
+
+@lru_cache(maxsize=1)  # it is asked for with every picture
+def _parsed(file: Path, size: int, changed: int) -> dict[str, list[Any]]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     if not isinstance(known, dict):
         return {}

@@ -1,12 +1,12 @@
 """What differs between two LoRA files: in their changes of the model, whatever their formats."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
 from ..prompt import LoraTag
@@ -143,7 +143,7 @@ def diff(
 
 
 def _named(path: AnyPath) -> LoraTag:
-    return LoraTag(os.fspath(path))
+    return LoraTag(str(check.path("lora", path)))
 
 
 def _sums(source: LoraSource, i: int, model: Model | None) -> dict[str, Pair]:
