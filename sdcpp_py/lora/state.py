@@ -9,13 +9,16 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from ..errors import BadArgument
 from ..files import AnyPath
 from ..prompt import LoraTag, shown
 from .blocks import FAMILIES, Blocks, read_blocks
 from .library import LoraLibrary
+
+if TYPE_CHECKING:
+    from .. import _native
 
 log = logging.getLogger("sdcpp_py")
 
@@ -40,17 +43,6 @@ Strength = float | LoraOptions
 Loras = Mapping[AnyPath, Strength] | Sequence[AnyPath | tuple[AnyPath, Strength]]
 
 
-class NativeUse(TypedDict):
-    """As the engine takes it."""
-
-    path: bytes
-    te: float
-    unet: float
-    start: float
-    stop: float
-    blocks: list[tuple[str, float]]
-
-
 @dataclass(frozen=True)
 class LoraUse:
     """One LoRA in force.
@@ -71,7 +63,7 @@ class LoraUse:
     stop: float = 1.0
     blocks: Blocks = ()
 
-    def native(self) -> NativeUse:
+    def native(self) -> "_native._Lora":
         """What ``_native.Context`` takes."""
         return {
             "path": os.fsencode(self.path),

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 from .. import check
 from ..errors import BadArgument
@@ -19,11 +20,25 @@ from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
 from .blocks import Blocks, read_blocks
 from .model import Model
 from .outline import outline_of
-from .rewrite import Input, OnStep, Plan, Rewritten, rewrite
+from .rewrite import Input, OnStep, Plan, Rewritten, canonical, rewrite
 from .source import LoraSource, described
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # A path with a ratio in it, see ``read_tag``; a path and a ratio; a path alone, for 1; or all that a tag can say.
 AnyLora = str | tuple[AnyPath, float] | os.PathLike[str] | LoraTag
+
+
+class Options(TypedDict, total=False):
+    """What all tools that rewrite LoRA files take, as ``convert`` tells of it."""
+
+    type: str | None
+    family: str | None
+    model: AnyPath | None
+    skip_unknown: bool
+    threads: int | None
+    on_step: OnStep | None
 
 
 def convert(
@@ -120,20 +135,34 @@ def merge(
     return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
-def scale(path: AnyPath, output: AnyPath, ratio: float, *, te: float | None = None, **options: object) -> Rewritten:
-    """Writes a LoRA that acts at 1 as this one does at `ratio` (`te` for text encoders). Options as for ``merge``."""
+def scale(
+    path: AnyPath,
+    output: AnyPath,
+    ratio: float,
+    *,
+    te: float | None = None,
+    to: str | None = None,
+    **options: "Unpack[Options]",
+) -> Rewritten:
+    """Writes a LoRA that acts at 1 as this one at `ratio` (`te` for text encoders). The rest is as for ``merge``."""
     unet = check.number("ratio", ratio)
     text = unet if te is None else check.number("te", te)
-    return merge([LoraTag(str(check.path("path", path)), text, unet)], output, **options)  # type: ignore[arg-type]
+    return merge([LoraTag(str(check.path("path", path)), text, unet)], output, to=to, **options)
 
 
 def resize(
-    path: AnyPath, output: AnyPath, *, rank: int | None = None, energy: float | None = None, **options: object
+    path: AnyPath,
+    output: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    to: str | None = None,
+    **options: "Unpack[Options]",
 ) -> Rewritten:
-    """Writes the nearest LoRA of a lower rank; strength stays. Options as for ``merge``."""
+    """Writes the nearest LoRA of a lower rank; strength stays. The rest is as for ``merge``."""
     if rank is None and energy is None:
         raise BadArgument("resize: give a rank, or an energy such as 0.95")
-    return merge([LoraTag(str(check.path("path", path)))], output, rank=rank, energy=energy, **options)  # type: ignore[arg-type]
+    return merge([LoraTag(str(check.path("path", path)))], output, rank=rank, energy=energy, to=to, **options)
 
 
 def prune(
@@ -143,30 +172,28 @@ def prune(
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
     to: str | None = None,
-    family: str | None = None,
-    model: AnyPath | None = None,
-    skip_unknown: bool = False,
-    threads: int | None = None,
-    on_step: OnStep | None = None,
+    **options: "Unpack[Options]",
 ) -> Rewritten:
     """Writes some modules of a LoRA only.
 
     Args:
+        path: A LoRA of any format.
+        output: The safetensors file to write.
         keep: Patterns with * and ?, such as "denoiser.single_blocks.*"; () keeps all. A module is called by its
             component, "denoiser", "clip", "clip_2" or "t5", and its original path.
         drop: Patterns of what goes.
-
-    The rest is as for ``convert``.
+        to: One of spelling.FORMATS; None: as the file.
+        options: As for ``convert``.
 
     Raises:
-        BadArgument: No pattern, or one that no module of the file fits.
+        BadArgument: No pattern, or one that no module of the file fits; and what ``convert`` raises.
     """
     keep, drop = check.texts("keep", keep), check.texts("drop", drop)
     if not keep and not drop:
         raise BadArgument("prune: give patterns to keep or to drop, such as --drop 'clip.*'")
-    base = _model(model)
-    source = open_lora(path, family, base)
-    names = [f"{m.component}.{m.name}" for i in source.modules() if (m := source.outline.modules[i])]
+    base = _model(options.get("model"))
+    source = open_lora(path, options.get("family"), base)
+    names = [canonical(source, i) for i in source.modules()]
     for pattern in (*keep, *drop):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
@@ -176,8 +203,12 @@ def prune(
         return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
     plan = Plan(
-        spelling.format_of(to or default_format(source), source.family), threads=threads_of(threads), keep=stays
+        spelling.format_of(to or default_format(source), source.family),
+        type=options.get("type"),
+        threads=threads_of(options.get("threads")),
+        keep=stays,
     )
+    skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
     return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
