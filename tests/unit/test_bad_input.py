@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -225,3 +226,57 @@ def test_hashes_are_read_once_and_forget_what_is_gone(cache: Path, tmp_path: Pat
     assert str(one) not in cache.read_text(encoding="utf-8")
     one.write_bytes(b"3")
     assert files.model_hash(one) != first
+
+
+CUT_WHILE_READ = """
+import sys, threading, time
+from pathlib import Path
+from sdcpp_py import Io, SDContext, SdcppError
+
+path, whole = Path(sys.argv[2]), Path(sys.argv[2]).read_bytes()
+until, read, refused = time.monotonic() + 2, 0, 0
+
+def cut():
+    while time.monotonic() < until:
+        path.write_bytes(whole)
+        time.sleep(0.005)
+        with path.open("r+b") as file:
+            file.truncate(1)
+
+with SDContext(sys.argv[1], threads=1) as sd_ctx:
+    threading.Thread(target=cut, daemon=True).start()
+    while time.monotonic() < until:
+        try:
+            sd_ctx.apply_loras([path])
+            read += 1
+        except SdcppError:
+            refused += 1
+print(read, refused)
+"""
+
+
+def test_a_lora_that_is_cut_while_it_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A mapped file that loses its end would end the process with SIGBUS."""
+    rank = 4096  # 12 MB, which are read for long enough
+    tensors = lora_files.tensors_of(lora_files.random_update(lora_files.attention()))
+    tall = {key: np.ones((rank, v.shape[1]), np.float32) for key, v in tensors.items() if key.endswith("down.weight")}
+    wide = {key: np.ones((v.shape[0], rank), np.float32) for key, v in tensors.items() if key.endswith("up.weight")}
+    path = lora_files.save(tmp_path / "x.safetensors", {**tall, **wide})
+    child = [sys.executable, "-c", CUT_WHILE_READ, str(tiny_sd1), str(path)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) > 0, "nothing was cut"
+
+
+# ---- more than a picture can hold --------------------------------------------------------------------------
+
+
+def test_a_prompt_without_end(sd_ctx: SDContext) -> None:
+    with pytest.raises(BadArgument, match="fills 5000 chunks of tokens, where 256 are the most"):
+        sd_ctx.generate("BREAK " * 5000, steps=1, width=32, height=32)
+
+
+def test_a_picture_that_would_be_black(sd_ctx: SDContext) -> None:
+    with pytest.raises(BadArgument, match=r"is no number after 3 steps.*cfg_scale 3e\+38"):
+        sd_ctx.generate("a", steps=3, width=32, height=32, cfg_scale=3e38)
+    sd_ctx.generate("a", steps=1, width=32, height=32)
