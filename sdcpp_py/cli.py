@@ -244,10 +244,7 @@ def _compare(told: Parameters, used: Parameters) -> None:
 def _check_output(path: Path) -> None:
     """Says before painting what would fail after it."""
     file_format(path)
-    if not path.parent.is_dir():
-        raise Io(f"{path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise Io(f"{path}: is a folder; name a file in it")
+    files.check_target(path)
 
 
 def _names(output: Path | None, pictures: list[PaintedImage]) -> Iterator[Path]:

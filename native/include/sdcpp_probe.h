@@ -137,7 +137,6 @@ typedef struct sd_lora_stem {
     int          kh, kw;        // 0: no kernel, or one that lies unfolded in the columns
     bool         absent;        // the outline lacks its whole component
     const char * type;          // of the largest tensor
-    int64_t      elements, bytes;
 } sd_lora_stem;
 SD_API bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem);
 

@@ -57,6 +57,7 @@ constexpr int     max_batch = 1024;
 constexpr int     auto_tile = 512;    // pixels
 constexpr int64_t whole_picture = 1024 * 1024; // pixels that go through the autoencoder without tiles
 constexpr size_t  kept_conditionings = 16;
+constexpr int     max_chunks = 256; // of a prompt: 19,200 tokens of CLIP
 
 bool same(const Prompt & a, const Prompt & b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Span & x, const Span & y) {
@@ -90,7 +91,6 @@ std::string written(const Family & family) {
     return name;
 }
 
-// Repeats `one` along the last dimension that it uses not yet.
 void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
 
 } // namespace
@@ -315,6 +315,10 @@ Conditioning Context::condition(const Request & request, bool guided) {
     int chunks = 1;
     for (const Prompt * prompt : prompts) {
         chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
+    }
+    if (chunks > max_chunks) {
+        fail(Status::bad_argument, "a prompt fills %d chunks of tokens, where %d are the most that are read; make it shorter",
+             chunks, max_chunks);
     }
     const Conditioning picture = pipeline_->describe(request.sizes), negative = pipeline_->describe(request.negative_sizes);
     Conditioning       all;
@@ -574,6 +578,10 @@ void Context::generate(Request r, uint8_t * rgb) {
         }
     };
     sample(r.sampler, {sigmas, &rngs, r.eta, prediction == Prediction::flow, denoise, on_step, &trained}, x);
+    if (!std::all_of(x.begin(), x.end(), [](float value) { return std::isfinite(value); })) {
+        fail(Status::bad_argument, "the picture is no number after %d steps, and would be black: cfg_scale %g, eta or a "
+             "multiplier of a LoRA is too large, or the model's weights are damaged", steps, static_cast<double>(r.cfg_scale));
+    }
 
     last_latent_.ne = begin.ne;
     last_latent_.data = std::move(x);
