@@ -241,14 +241,23 @@ def _numbered(first: Path) -> Iterator[Path]:
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
+    vae: Annotated[Path | None, typer.Option(help="Autoencoder beside the model.")] = None,
+    clip_l: Annotated[Path | None, typer.Option(help="Text encoder beside the model.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="The second one of SDXL and SD3, likewise.")] = None,
+    t5xxl: Annotated[Path | None, typer.Option(help="T5 of SD3 and FLUX, likewise.")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of a side, for what a picture takes of memory. [default: the model's own]"),
+    ] = None,
 ) -> None:
-    """Show the parameters of a picture, or what a model file holds."""
+    """Show the parameters of a picture, or what a model file holds and will take of memory."""
     set_up_log(verbose=False)
+    parts = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
     with one_sentence():
         if is_picture(file):
             typer.echo(read_parameters(file))
         else:
-            cli_weights.print_info(file)
+            cli_weights.print_info(file, {role: path for role, path in parts.items() if path is not None}, size)
 
 
 @app.command(name="bench")

@@ -1,6 +1,7 @@
 """The commands for weights: sdcpp convert, quality, and what info tells of a model file."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -173,9 +174,9 @@ def _lines(path: Path | None) -> list[str]:
         raise BadFile(f"{path}: is no text in UTF-8") from error
 
 
-def print_info(path: Path) -> None:
-    """What sdcpp info tells of a model file."""
-    info = describe(path)
+def print_info(path: Path, components: Mapping[str, Path], side: int | None) -> None:
+    """What sdcpp info tells of a model file: with these beside it, of pictures with sides of so many pixels."""
+    info = describe(path, components)
 
     def size(held: Holdings) -> str:
         return f"{held.tensors:,} tensors, {held.parameters / 1e6:,.1f} M parameters, {held.bytes / 1e6:,.1f} MB"
@@ -183,12 +184,20 @@ def print_info(path: Path) -> None:
     rows = [("file", str(path)), ("family", info.family or "none that is known")]
     rows.append(("paints", "yes" if info.paints else f"no: {info.missing}"))
     if info.paints:
-        with SDContext(path) as sd_ctx:
-            model = sd_ctx.info
+        with SDContext(path, **components) as sd_ctx:  # type: ignore[arg-type]  # roles are its arguments
+            model, memory = sd_ctx.info, sd_ctx.estimate_memory(width=side, height=side)
         rows.append(("prediction", model.prediction))
         rows.append(("native size", f"{model.native_size} x {model.native_size}"))
         rows.append(("input channels", str(model.input_channels)))
-        rows.append(("in memory", f"{model.weight_bytes / 1e6:,.1f} MB of weights"))
+        rows.append(("weights", f"{model.weight_bytes / 1e6:,.1f} MB as they are used"))
+        rows.append(("memory", f"{memory.peak / 1e6:,.1f} MB for a picture of {memory.width} x {memory.height}"))
+        rows += [
+            (
+                f"memory {of.name}",
+                f"{of.weights / 1e6:,.1f} MB of weights, {of.activations / 1e6:,.1f} MB of activations",
+            )
+            for of in memory.networks
+        ]
     rows.append(("whole", size(info.whole)))
     rows += [(f"part {name}", size(held)) for name, held in info.parts.items()]
     rows += [(f"type {name}", size(held)) for name, held in info.types.items()]

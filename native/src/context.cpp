@@ -100,7 +100,7 @@ Context::Context(const OpenParams & params)
       loras_(weights_, device_,
              [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
              params.loras) {
-    weights_.load(device_);
+    weights_.load(device_, params.memory_limit, log_);
     if (log_) {
         log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
                                family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
@@ -356,8 +356,45 @@ void Context::generate(Request r, uint8_t * rgb) {
     complete(r);
     loras_.apply(r.loras);
     check_control(r);
-    runner_.adapt(nullptr);
+    paint(r, rgb);
+    runner_.release();
+}
 
+MemoryEstimate Context::estimate(Request r) {
+    const Claim claim(*this, r.keep_going);
+    complete(r);
+    std::vector<uint8_t> nothing(static_cast<size_t>(r.width) * r.height * 3);
+    if (pipeline_->extra_input() == ExtraInput::control || loras_.control_inputs() > 0) {
+        r.control_image = nothing.data();
+    }
+    check_control(r);
+    r.sampler = "euler";
+    r.steps = 1;
+    r.strength = 1;
+    r.on_step = {};
+    std::vector<NetworkCost> costs;
+    std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
+    const auto               encoded = std::move(encoded_);
+    const Tensor             latent = std::move(last_latent_);
+    encoded_.clear();
+    runner_.set_measuring(&costs);
+    const auto back = [&] {
+        runner_.set_measuring(nullptr);
+        encoded_ = encoded;
+        last_latent_ = latent;
+    };
+    try {
+        paint(r, rgb.data());
+    } catch (...) {
+        back();
+        throw;
+    }
+    back();
+    return sd::estimate(weights_, costs);
+}
+
+void Context::paint(const Request & r, uint8_t * rgb) {
+    runner_.adapt(nullptr);
     const bool          guided = r.cfg_scale != 1.0f;
     const Latents       begin = start(r);
     const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
@@ -456,7 +493,6 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     const size_t       one = static_cast<size_t>(count(latent.ne)) / r.batch_size;
     const int64_t      plane = static_cast<int64_t>(r.width) * r.height;
     runner_.adapt(nullptr);
-    runner_.keep_only("vae_decode");
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
@@ -578,7 +614,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
              network.c_str());
     }
-    runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
     runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
@@ -587,7 +622,7 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
                                                       : Tensor());
     auto       outputs = runner_.run(network, inputs, build);
     const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
-    runner_.keep_only("");
+    runner_.release();
     if (out == outputs.end()) {
         fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
     }
