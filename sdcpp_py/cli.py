@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from . import __version__, _native, bench, cli_weights, doctor, files
 from .cli_lora import app as lora_app
-from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
+from .cli_shared import console, one_sentence, print_rows, read_size, set_up_log, steps_bar
 from .context import SDContext
 from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
@@ -110,6 +110,10 @@ def generate(
     embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of weights and activations at a time: 8G. [default: what the device has]"),
+    ] = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar, no file names.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
@@ -167,6 +171,7 @@ def generate(
                 lora_dir=lora_dir,
                 embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
+                memory_limit=0 if memory_limit is None else read_size("memory-limit", memory_limit),
             ) as sd_ctx,
         ):
             painted = sd_ctx.generate(

@@ -1,6 +1,5 @@
 """The commands for weights: sdcpp convert, quality, and what info tells of a model file."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 
 from . import files
 from .calibrate import calibrate
-from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
+from .cli_shared import one_sentence, print_rows, read_size, set_up_log, work_bar
 from .context import SDContext
 from .errors import BadArgument, BadFile, from_os_error
 from .quality import compare
@@ -18,7 +17,6 @@ from .weights.conversion import convert as convert_weights
 from .weights.info import LONGEST_VALUE, Holdings, describe
 from .weights.writing import Plan
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
 _WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
 
 
@@ -77,7 +75,7 @@ def convert(
             only=only,
             drop=drop or [],
             imatrix=imatrix,
-            split=None if split is None else _size(split),
+            split=None if split is None else read_size("split", split),
             threads=threads,
             dry_run=dry_run,
             on_progress=on_progress,
@@ -91,13 +89,6 @@ def _rule(text: str) -> tuple[str, str]:
     if not equals:
         raise BadArgument(f"tensor-type {text!r}: expected REGEX=TYPE, such as 'attn2=q8_0'")
     return pattern, type
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)B?", text)
-    if not found:
-        raise BadArgument(f"split {text!r}: expected a size such as 2G or 500M")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _print_plan(plan: Plan) -> None:

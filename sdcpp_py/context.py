@@ -62,7 +62,7 @@ class ModelInfo:
         latent_channels: Of the latent.
         latent_cell: Side of a latent's cell in pixels.
         input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
-        weight_bytes: In memory.
+        weight_bytes: Of all weights, in the form in which they are used.
         n_weights: How many tensors.
     """
 
@@ -97,8 +97,8 @@ class MemoryEstimate:
     Attributes:
         width: Of the picture.
         height: Likewise.
-        peak: Bytes of weights and activations at a time, at the most. What the process itself takes comes on top: Python
-            and its packages, some 100 MB.
+        peak: Bytes of weights and activations at a time, at the most. What the process itself takes comes on top:
+            Python and its packages, some 100 MB.
         networks: In the order in which they run.
     """
 

@@ -38,7 +38,9 @@ def latent(context: SDContext, **options: Any) -> np.ndarray:
 
 def moves(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What came and left since the last time."""
-    lines = [record.message for record in caplog.records if record.message.endswith(" MB") or " MB on " in record.message]
+    lines = [
+        record.message for record in caplog.records if record.message.endswith(" MB") or " MB on " in record.message
+    ]
     caplog.clear()
     return [line for line in lines if "weights" not in line]
 
@@ -131,12 +133,14 @@ with SDContext(job["model"], threads=1) as context:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_estimate_is_what_a_picture_takes(tiny_sd1: Path) -> None:
-    """Activations, which are all that counts beside Python of this small model, within 10 %."""
+    """Activations, which count most of what this small model takes, within 10 %. On the host the picture comes on top:
+    12 bytes of a pixel as floats, and 12 more of its copies in numpy and Pillow."""
     job = json.dumps({"model": str(tiny_sd1), "picture": {"width": 1024, "height": 896}})
     done = subprocess.run([sys.executable, "-c", MEASURED, job], capture_output=True, text=True, check=True)
     of = json.loads(done.stdout)
     assert of["estimate"] > 300e6
-    assert abs(of["measured"] - of["estimate"]) <= 0.1 * of["estimate"], of
+    pictures = 24 * 1024 * 896
+    assert abs(of["measured"] - of["estimate"] - pictures) <= 0.1 * of["estimate"], of
 
 
 def test_the_estimate_reads_and_changes_nothing(model: Path) -> None:
@@ -166,8 +170,9 @@ def test_the_estimate_knows_who_leaves(model: Path) -> None:
 
 
 def test_info_tells_it(tiny_sd1: Path) -> None:
-    from sdcpp_py.cli import app
     from typer.testing import CliRunner
+
+    from sdcpp_py.cli import app
 
     said = CliRunner().invoke(app, ["info", str(tiny_sd1), "--size", "128"])
     assert said.exit_code == 0, said.output
