@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 namespace sd {
 
@@ -35,6 +36,7 @@ class Claim {
         }
     }
     ~Claim() {
+        context_.runner_.release(); // between calls there are weights in memory, and no activations
         context_.device_.set_keep_going({});
         context_.busy_ = false;
     }
@@ -357,7 +359,6 @@ void Context::generate(Request r, uint8_t * rgb) {
     loras_.apply(r.loras);
     check_control(r);
     paint(r, rgb);
-    runner_.release();
 }
 
 MemoryEstimate Context::estimate(Request r) {
@@ -374,15 +375,14 @@ MemoryEstimate Context::estimate(Request r) {
     r.on_step = {};
     std::vector<NetworkCost> costs;
     std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
-    const auto               encoded = std::move(encoded_);
-    const Tensor             latent = std::move(last_latent_);
-    encoded_.clear();
-    runner_.set_measuring(&costs);
-    const auto back = [&] {
+    auto                     encoded = std::exchange(encoded_, {}); // text is to be encoded, and the next picture is not to
+    auto                     latent = std::exchange(last_latent_, {}); // know of it
+    const auto               back = [&] {
         runner_.set_measuring(nullptr);
-        encoded_ = encoded;
-        last_latent_ = latent;
+        encoded_ = std::move(encoded);
+        last_latent_ = std::move(latent);
     };
+    runner_.set_measuring(&costs);
     try {
         paint(r, rgb.data());
     } catch (...) {
@@ -622,7 +622,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
                                                       : Tensor());
     auto       outputs = runner_.run(network, inputs, build);
     const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
-    runner_.release();
     if (out == outputs.end()) {
         fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
     }

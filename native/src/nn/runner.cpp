@@ -9,6 +9,7 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 
@@ -221,14 +222,26 @@ void Runner::build_into(Plan & plan, const std::function<void(Graph &)> & build)
 
 std::map<std::string, Tensor> Runner::add_cost(const std::string & network, const Inputs & inputs,
                                                const std::function<void(Graph &)> & build) {
-    const std::unique_ptr<Plan> plan = new_plan(network, shapes_of(inputs), max_nodes());
-    plan->strengths = strengths_.ne;
-    const size_t activations = measure(*plan, build);
-    costs_->push_back({network, activations, plan->graph->weights()});
-    std::map<std::string, Tensor> zeros;
-    for (const auto & [name, value] : plan->graph->outputs()) {
-        zeros.emplace(name, Tensor(Graph::shape(value)));
+    NetworkCost cost{network, shapes_of(inputs), {}, 0, {}};
+    const auto known = std::find_if(costs_->begin(), costs_->end(), [&](const NetworkCost & other) {
+        return other.network == network && other.inputs == cost.inputs;
+    });
+    if (known != costs_->end()) { // one tile is like another
+        cost = *known;
+    } else {
+        const std::unique_ptr<Plan> plan = new_plan(network, cost.inputs, max_nodes());
+        plan->strengths = strengths_.ne;
+        cost.activations = measure(*plan, build);
+        cost.weights = plan->graph->weights();
+        for (const auto & [name, value] : plan->graph->outputs()) {
+            cost.outputs[name] = Graph::shape(value);
+        }
     }
+    std::map<std::string, Tensor> zeros;
+    for (const auto & [name, ne] : cost.outputs) {
+        zeros.emplace(name, Tensor(ne));
+    }
+    costs_->push_back(std::move(cost));
     return zeros;
 }
 

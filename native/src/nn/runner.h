@@ -23,6 +23,7 @@ using Inputs = std::map<std::string, const Tensor *>;
 // What a run of a network takes of the device's memory.
 struct NetworkCost {
     std::string              network;
+    Graph::Shapes            inputs, outputs;
     size_t                   activations; // bytes
     std::set<const Weight *> weights;
 };
