@@ -17,6 +17,7 @@ from .weights.conversion import convert as convert_weights
 from .weights.info import LONGEST_VALUE, Holdings, describe
 from .weights.writing import Plan
 
+_MOST_PROMPTS = 1 << 24  # bytes of a file of prompts
 _WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
 
 
@@ -158,7 +159,11 @@ def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        with path.open("rb") as file:
+            raw = file.read(_MOST_PROMPTS + 1)
+        if len(raw) > _MOST_PROMPTS:
+            raise BadFile(f"{path}: has more than {_MOST_PROMPTS:,} bytes; is it a list of prompts?")
+        return [line for line in raw.decode("utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise from_os_error(path, error) from error
     except UnicodeDecodeError as error:

@@ -8,8 +8,7 @@ import contextlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -18,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from . import check
 from .errors import BadArgument, BadFile, from_os_error
+from .files import AnyPath, check_regular, whole_file
 
 # Our names and webui's.
 SAMPLERS: Final = {
@@ -32,6 +33,7 @@ SAMPLERS: Final = {
     "dpm++2m_sde": "DPM++ 2M SDE",
     "ddim": "DDIM",
     "lcm": "LCM",
+    "tcd": "TCD",
     "unipc": "UniPC",
 }
 SCHEDULERS: Final = {
@@ -61,6 +63,7 @@ class Parameters:
     sampler: str | None = None
     scheduler: str | None = None
     cfg_scale: float | None = None
+    guidance_rescale: float | None = None
     guidance: float | None = None
     shift: float | None = None
     seed: int | None = None
@@ -79,6 +82,13 @@ class Parameters:
     t5xxl_hash: str | None = None
     t5xxl: str | None = None
     prediction: str | None = None
+    zero_snr: bool | None = None
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
     strength: float | None = None
     clip_skip: int | None = None
     eta: float | None = None
@@ -87,6 +97,7 @@ class Parameters:
     init_image_hash: str | None = None
     mask_hash: str | None = None
     control_hash: str | None = None
+    reference_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -100,12 +111,27 @@ _NEGATIVE = "Negative prompt:"
 _FIELD = re.compile(r'\s*(\w[\w \-/+]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _FIELDS_AT_LEAST = 3  # as webui: a last line with fewer is part of the prompt
 
-# Name in the text, attribute, type. The order is the order in the text.
+_NOISE_SCHEDULES: Final = {True: "Zero Terminal SNR", False: "Default"}
+
+
+def _pair(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if not match:
+        raise ValueError
+    return int(match[1]), int(match[2])
+
+
+def _zero_snr(text: str) -> bool:
+    return {name: value for value, name in _NOISE_SCHEDULES.items()}[text]
+
+
+# Name in the text, attribute, what reads it. The order is the order in the text.
 _FIELDS: Final = (
     ("Steps", "steps", int),
     ("Sampler", "sampler", str),
     ("Schedule type", "scheduler", str),
     ("CFG scale", "cfg_scale", float),
+    ("CFG rescale", "guidance_rescale", float),
     ("Distilled CFG Scale", "guidance", float),  # as forge writes it
     ("Shift", "shift", float),
     ("Seed", "seed", int),
@@ -123,6 +149,13 @@ _FIELDS: Final = (
     ("T5-XXL hash", "t5xxl_hash", str),
     ("T5-XXL", "t5xxl", str),
     ("Prediction", "prediction", str),
+    ("Noise Schedule", "zero_snr", _zero_snr),  # as webui writes it
+    ("Original size", "original_size", _pair),
+    ("Crop top left", "crop_top_left", _pair),
+    ("Target size", "target_size", _pair),
+    ("Negative original size", "negative_original_size", _pair),
+    ("Negative crop top left", "negative_crop_top_left", _pair),
+    ("Negative target size", "negative_target_size", _pair),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),
     ("Eta", "eta", float),
@@ -131,6 +164,7 @@ _FIELDS: Final = (
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
     ("Control image hash", "control_hash", str),
+    ("Reference image hash", "reference_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),
@@ -182,8 +216,7 @@ def parse_parameters(text: str) -> Parameters:
     }
     for name, attribute, kind in _FIELDS:
         if name in fields and attribute == "size":
-            size = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", fields.pop(name))
-            values["width"], values["height"] = map(int, size.groups()) if size else (None, None)
+            values["width"], values["height"] = _read(_pair, fields.pop(name)) or (None, None)
         elif name in fields:
             values[attribute] = _read(kind, fields.pop(name))
     for name, attribute in _EXACT.items():
@@ -203,6 +236,10 @@ def _fields(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _quote(value: object) -> str:
+    if isinstance(value, tuple):
+        value = "x".join(map(str, value))
+    elif isinstance(value, bool):
+        value = _NOISE_SCHEDULES[value]
     text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
     plain = text and text == text.strip() and not re.search(r'[,:\n]|^"', text)
     return text if plain else json.dumps(text, ensure_ascii=False)
@@ -215,11 +252,11 @@ def _unquote(text: str) -> str:
     return text.strip()
 
 
-def _read(kind: type, text: str) -> Any:
+def _read(kind: Callable[[str], Any], text: str) -> Any:
     """The value of a field, or None where it is none of its type."""
     try:
         value = kind(text)
-    except ValueError:
+    except (ValueError, KeyError):
         return None
     return None if value != value or value in (float("inf"), float("-inf")) else value
 
@@ -268,7 +305,7 @@ class PaintedImage(Image.Image):
 
     def save(
         self,
-        fp: str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes],
+        fp: AnyPath | bytes | os.PathLike[bytes] | IO[bytes],
         format: str | None = None,
         **params: Any,
     ) -> None:
@@ -281,7 +318,7 @@ class PaintedImage(Image.Image):
         if not isinstance(fp, (str, bytes, os.PathLike)):
             super().save(fp, format, **self._with_parameters(format, params))
             return
-        path = Path(os.fsdecode(fp))
+        path = check.path("file", os.fsdecode(fp))
         format = format or file_format(path)
         try:
             if path.exists() and not path.is_file():  # a device or a pipe
@@ -313,32 +350,23 @@ def file_format(path: Path) -> str:
     return format
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name only once it is complete: written beside and renamed."""
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with beside.open("xb") as stream:
-            yield stream
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as pictures do; it may still be damaged."""
+    """Whether a file begins as pictures do; it may still be damaged.
+
+    Raises:
+        Io: It cannot be read.
+    """
+    if os.path.isdir(path):
+        return False
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return file.read(4).startswith((b"\x89PNG", b"\xff\xd8", b"RIFF"))
-    except IsADirectoryError:
-        return False
     except OSError as error:
         raise from_os_error(path, error) from error
 
 
-def read_parameters(path: str | os.PathLike[str]) -> str:
+def read_parameters(path: AnyPath) -> str:
     """The text of a picture's "parameters" chunk.
 
     Raises:
@@ -352,6 +380,7 @@ def read_parameters(path: str | os.PathLike[str]) -> str:
 
 
 def _open_picture(path: Path) -> Image.Image:
+    check_regular(path)
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -367,18 +396,26 @@ def _open_picture(path: Path) -> Image.Image:
 
 
 def open_picture(source: object, argument: str) -> Image.Image:
-    """A picture from a path, a Pillow picture, or an array of bytes; `argument` is what messages call it."""
+    """A picture from a path, a Pillow picture, or an array of bytes; `argument` is what messages call it.
+
+    Raises:
+        BadArgument: It is none of these, or has no pixels.
+        BadFile: It is damaged, or no picture.
+        Io: The file cannot be read.
+    """
     if isinstance(source, (str, os.PathLike)):
-        return ImageOps.exif_transpose(_open_picture(Path(source)))
+        return ImageOps.exif_transpose(_open_picture(check.path(argument, source)))
     if isinstance(source, Image.Image):
         try:
             source.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise BadFile(f"{argument}: is damaged ({error})") from error
+        if 0 in source.size:
+            raise BadArgument(f"{argument}: is {source.width} x {source.height}, which has no pixels")
         return source
     if not isinstance(source, np.ndarray):
         raise BadArgument(f"{argument}: must be a path, a picture or an array, not {type(source).__name__}")
-    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+    if not source.size or source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
         raise BadArgument(
             f"{argument}: an array must be uint8 with shape (height, width, 3), "
             f"not {source.dtype} with shape {source.shape}"
@@ -390,11 +427,28 @@ def pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> NDArray[np
     """A picture as the engine takes it, scaled to a width and a height.
 
     The array is (height, width, 3) for mode "RGB", transparent parts white, and (height, width) for mode "L".
+
+    Raises:
+        BadArgument: The picture is of a mode that Pillow cannot convert.
     """
-    if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert(mode)
+    try:
+        picture = _eight_bits(picture)
+        if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert(mode)
+    except ValueError as error:
+        raise BadArgument(f"a picture of Pillow's mode {picture.mode} cannot be read; convert it to RGB") from error
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BOX)
     return np.ascontiguousarray(picture)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits, as maps of depths are, scaled to 8; Pillow itself would cut them off at 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "I" and values.max() <= 255:  # whole numbers that are no wider than bytes
+        return picture
+    return Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from .. import check
 from ..errors import BadFile
 from ..weights import open_source
 from .outline import DIFFUSERS, LINEAR, UNet, outline_of
@@ -79,7 +80,7 @@ class Model:
             Unsupported: It is a pickle.
             Io: It cannot be read.
         """
-        self.path = Path(path)
+        self.path = check.path("model", path)
         self.source = open_source(self.path)
         self.tensors = self.source.tensors
         names = [tensor.name for tensor in self.tensors]

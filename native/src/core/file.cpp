@@ -1,8 +1,10 @@
 #include "core/file.h"
 
 #include "core/error.h"
+#include "core/words.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <system_error>
 
 #if defined(_WIN32)
@@ -262,5 +264,16 @@ MappedFile::~MappedFile() {
 }
 
 bool MappedFile::unchanged() const { return in_ram_ || is_as_opened(); }
+
+std::string read_text(const std::string & path, size_t most) {
+    std::error_code unknown;
+    const uintmax_t size = std::filesystem::file_size(std::filesystem::u8path(path), unknown);
+    if (!unknown && size > most) {
+        fail(Status::bad_file, "%s: has %s bytes, where %s are the most that are read", path.c_str(), grouped(size).c_str(),
+             grouped(most).c_str());
+    }
+    const MappedFile file(path, true);
+    return {reinterpret_cast<const char *>(file.data()), file.size()};
+}
 
 } // namespace sd

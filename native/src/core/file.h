@@ -46,4 +46,8 @@ class MappedFile {
     int64_t         modified_ = 0; // in the system's own unit
 };
 
+// All of a small file that describes others, such as a config. Throws as MappedFile does, and Error(bad_file) where it
+// has more than `most` bytes.
+std::string read_text(const std::string & path, size_t most);
+
 } // namespace sd

@@ -24,6 +24,7 @@ struct LoraReport {
     std::vector<std::string>           absent;         // keys of components that this model lacks
     std::vector<std::string>           warnings;
     std::string                        base_model;     // what the file was made for, as far as it tells
+    std::string                        settings;       // that it needs, as a sentence; "" where the usual ones do
     double                             scale_min = 0, scale_max = 0;
     int                                text_modules = 0, unet_modules = 0;
     std::map<std::string, std::string> metadata;
@@ -31,9 +32,6 @@ struct LoraReport {
 
 // One JSON object with a member for every field.
 std::string report_json(const LoraReport & report);
-
-// "264 modules (lora, rank 16, kohya), 3 skipped, first ...", for the log.
-std::string report_line(const LoraReport & report);
 
 struct LoraFile {
     std::vector<LoraModule> modules; // ordered by stem, whatever the order in the file
