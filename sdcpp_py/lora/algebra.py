@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -13,6 +13,10 @@ from ..errors import BadArgument
 from .source import Change, Floats
 
 _EXACT_SIDE: Final = 1024  # up to this smaller side a whole SVD costs nothing
+_TRIES: Final = (64, 256)  # ranks that may hold the energy that is asked for
+_PATIENCE: Final = 3  # iterations until it is seen whether they do
+_GRAM_ZERO: Final = 1e-8  # the root of what float64 resolves in a square
+_PIECE: Final = 1 << 20  # elements that are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -195,12 +199,13 @@ class Reduced:
     norm: float
 
 
-def cut(values: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: at most `rank`, and no more than hold this share of the sum of squares."""
+def cut(values: NDArray[np.float64], rank: int | None, energy: float | None, whole: float) -> int:
+    """How many singular values to keep: at most `rank`, and no more than hold this share of `whole`, the sum of the
+    squares of all that there are."""
     keep = len(values)
     if energy is not None:
         squares = np.cumsum(values**2)
-        keep = int(np.searchsorted(squares, energy * squares[-1] * (1 - 1e-12))) + 1 if squares[-1] > 0 else 1
+        keep = int(np.searchsorted(squares, energy * whole * (1 - 1e-12))) + 1 if whole > 0 else 1
     if rank is not None:
         keep = min(keep, rank)
     return max(1, min(keep, len(values)))
@@ -223,28 +228,71 @@ def reduce_pair(pair: Pair, rank: int | None, energy: float | None = None) -> Re
 
 
 def reduce_dense(delta: Floats, rank: int | None, energy: float | None = None, first: int = 0) -> Reduced:
-    """The nearest pair of a rank to a dense change (rows, columns).
+    """The nearest pair of a rank to a dense change (rows, columns), without another matrix of its size.
 
-    Where a small rank of a large matrix is asked for, by subspace iteration (Halko, Martinsson, Tropp 2011,
-    algorithm 4.4) until the values stand still; else by LAPACK's SVD.
+    A small matrix goes through LAPACK's SVD. Of a large one, the leading values come by subspace iteration where they
+    are few; where they are many, by the eigenvectors of its product with itself in float64, which loses values below
+    1e-8 of the largest, as float32 does.
     """
     side = min(delta.shape)
-    norm = float(np.linalg.norm(delta.astype(np.float64)))
-    if rank is None or energy is not None or side <= _EXACT_SIDE or 4 * rank > side:
+    norm = math.sqrt(sum(float(np.square(rows, dtype=np.float64).sum()) for rows in _pieces(delta)))
+    if side <= _EXACT_SIDE:
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         return _reduced(u, s.astype(np.float64), vt, rank, energy, norm, first)
-    width = min(side, rank + max(16, rank // 2))
+    tries = _TRIES if energy is not None else () if rank is None else (rank,)
+    for most in sorted({min(most, rank or side) for most in tries if 4 * min(most, rank or side) <= side}):
+        enough = 0.0 if energy is None or most == rank else energy * norm**2
+        found = _leading(delta, most, enough)
+        if found is not None:
+            return _reduced(*found, rank, energy, norm, first)
+    return _reduced(*_by_gram(delta, rank, energy, norm), rank, energy, norm, first)
+
+
+def _leading(
+    delta: Floats, most: int, enough: float
+) -> tuple[NDArray[np.floating], NDArray[np.float64], NDArray[np.floating]] | None:
+    """u, s and vt of the largest values by subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4), until
+    they stand still; None as soon as the sum of their squares does not look like becoming `enough`."""
+    width = min(*delta.shape, most + max(16, most // 2))
     basis = np.linalg.qr(delta @ np.random.default_rng(0).standard_normal((delta.shape[1], width), np.float32))[0]
-    before = np.zeros(rank)
-    for _ in range(32):
+    before = np.zeros(most)
+    for n in range(32):
         across = np.linalg.qr(delta.T @ basis)[0]
         basis, small = np.linalg.qr(delta @ across)
-        values = np.linalg.svd(small, compute_uv=False)[:rank].astype(np.float64)
+        values = np.linalg.svd(small, compute_uv=False)[:most].astype(np.float64)
+        if n >= _PATIENCE and float(np.sum(values**2)) < enough:
+            return None
         if np.abs(values - before).max() <= 1e-5 * max(values[0], 1e-30):
             break
         before = values
     u, s, vt = np.linalg.svd(basis.T @ delta, full_matrices=False)
-    return _reduced(basis @ u, s.astype(np.float64), vt, rank, None, norm, first)
+    if float(np.sum(s[:most].astype(np.float64) ** 2)) < enough:
+        return None
+    return basis @ u, s.astype(np.float64), vt
+
+
+def _by_gram(
+    delta: Floats, rank: int | None, energy: float | None, norm: float
+) -> tuple[Floats, NDArray[np.float64], Floats]:
+    """u, s and vt of an SVD: all values, and as many vectors as are to be kept."""
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    for rows in _pieces(tall):
+        wide = rows.astype(np.float64)
+        gram += wide.T @ wide
+    squares, vectors = np.linalg.eigh(gram)
+    s = np.sqrt(np.maximum(squares[::-1], 0))
+    s = s[: max(1, int(np.count_nonzero(s > _GRAM_ZERO * s[0])))]
+    keep = cut(s, rank, energy, norm**2)
+    across = np.ascontiguousarray(vectors[:, : -keep - 1 : -1], np.float32)
+    along = (tall @ across) / np.maximum(s[:keep], np.finfo(np.float32).tiny).astype(np.float32)
+    return (along, s, across.T) if tall is delta else (across, s, along.T)
+
+
+def _pieces(delta: Floats) -> Iterator[Floats]:
+    """Rows of it, some at a time."""
+    step = max(1, _PIECE // delta.shape[1])
+    return (delta[first : first + step] for first in range(0, len(delta), step))
 
 
 def _reduced(
@@ -256,7 +304,7 @@ def _reduced(
     norm: float,
     first: int,
 ) -> Reduced:
-    keep = cut(s, rank, energy)
+    keep = cut(s, rank, energy, norm**2)
     root = np.sqrt(s[:keep])
     up = (u[:, :keep] * root).astype(np.float32)
     down = (root[:, None] * vt[:keep]).astype(np.float32)

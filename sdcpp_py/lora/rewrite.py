@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 # Called with (modules done, modules in all, the module's name); False stops.
 OnStep = Callable[[int, int, str], Any]
 METHODS: Final = ("sum", "ties", "dare", "dare-ties")
-_IN_FLIGHT: Final = 1 << 30  # bytes of dense changes at a time, or one
+_IN_FLIGHT: Final = 1 << 28  # bytes of dense changes at a time, or one
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,14 @@ The table is the engine's own: each weight that a family declares carries both n
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from .. import _native
 from ..errors import BadFile, Unsupported
-from ..files import data_dir
 from .source import AnyPath, Source
 from .tensor import Floats, Tensor, from_array
 
@@ -38,11 +34,14 @@ class Part:
         begin, end = max(first - self.first, 0), min(last - self.first, self.rows)
         if begin >= end:
             return []
-        if not self.swap_halves:
-            return [(begin, end)]
-        half = self.rows // 2
-        cuts = sorted({begin, end, *([half] if begin < half < end else [])})
-        return [((a + half) % self.rows, (a + half) % self.rows + b - a) for a, b in pairwise(cuts)]
+        return swapped_runs(begin, end, self.rows) if self.swap_halves else [(begin, end)]
+
+
+def swapped_runs(first: int, last: int, rows: int) -> list[tuple[int, int]]:
+    """Where rows first to last - 1 are found in a matrix of so many rows that has its halves the other way round."""
+    half = rows // 2
+    cuts = sorted({first, last, *([half] if first < half < last else [])})
+    return [((a + half) % rows, (a + half) % rows + b - a) for a, b in pairwise(cuts)]
 
 
 def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Source:
@@ -51,11 +50,8 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     Raises:
         BadFile: The folder lacks weights of its family.
     """
-    parts = {role: os.fsencode(Path(path)) for role, path in components.items()}
     try:
-        family, declared = _native.list_weights(
-            os.fsencode(source.path), components=parts, data_dir=os.fsencode(data_dir())
-        )
+        family, declared = source.declared(components)
     except Unsupported:
         return source
     stored = {tensor.name: tensor for tensor in source.tensors}

@@ -516,7 +516,7 @@ def test_a_source_that_shrinks_is_told(half: Path, tmp_path: Path) -> None:
         ({"drop": ["("]}, "is no regular expression"),
         ({"drop": ["xyz"]}, "no tensor has a name that matches 'xyz'"),
         ({"only": "lora"}, "only 'lora': there are: denoiser"),
-        ({"only": "t5"}, "has no t5; it has: clip_l, denoiser, vae"),
+        ({"only": "t5xxl"}, "has no t5xxl; it has: clip_l, denoiser, vae"),
         ({"split": 0}, "split 0: expected"),
         ({"threads": 0}, "threads 0: must be at least 1"),
         ({"components": {"lora": "x"}}, "component 'lora' is not known"),
