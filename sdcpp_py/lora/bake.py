@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import BadArgument, Unsupported
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
-from ..weights.names import single_file_names
+from ..weights.names import single_file_names, with_one_autoencoder
 from . import algebra
 from .library import LoraLibrary
 from .model import Model, Slice
@@ -88,7 +88,7 @@ def bake(
         source = single_file_names(source, {})
     names = ", ".join(f"{one.source.name}:te={one.te:g}:unet={one.unet:g}" for one in inputs)
     planned = plan(
-        source.tensors,
+        with_one_autoencoder(source.tensors, source.family),
         target,
         type=type,
         tensor_types=tensor_types,

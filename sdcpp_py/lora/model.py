@@ -14,7 +14,7 @@ from ..errors import BadFile
 from ..weights import Tensor, open_source
 from ..weights.names import swapped_runs
 from .outline import DIFFUSERS, LINEAR, Module, UNet, outline_of
-from .source import Floats, Size
+from .source import Floats, Size, swapped_by_size
 
 # Where files keep each component, under original names.
 _HOMES: Final = {
@@ -106,10 +106,12 @@ class Model:
         self.tensors = self.source.tensors
         names = [tensor.name for tensor in self.tensors]
         self.outline = outline_of(*_structure(self.path, names, [tensor.shape for tensor in self.tensors]))
-        self.slices: dict[tuple[int, str], list[Slice]] = {}
-        for one in self._slices(names):
-            self.slices.setdefault((one.module, one.leaf), []).append(one)
-        self.sizes = dict(self._sizes())
+        self.slices: dict[tuple[int, str], list[Slice]]
+        self.sizes: dict[int, Size]
+        self._place(names)
+        if late := swapped_by_size(self.outline, self.sizes):
+            self.outline = self.outline.with_swaps(late)
+            self._place(names)
 
     @property
     def family(self) -> str:
@@ -148,6 +150,12 @@ class Model:
         return tensor.floats((begin + first) * lines, (begin + last) * lines).reshape(last - first, -1)
 
     # ---- opening ---------------------------------------------------------------------------------------
+
+    def _place(self, names: list[str]) -> None:
+        self.slices = {}
+        for one in self._slices(names):
+            self.slices.setdefault((one.module, one.leaf), []).append(one)
+        self.sizes = dict(self._sizes())
 
     def _slices(self, names: list[str]) -> Iterator[Slice]:
         components = {f"{name}.": component for component, name in DIFFUSERS[self.family].items()}

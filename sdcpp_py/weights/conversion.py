@@ -10,7 +10,7 @@ from ..errors import BadArgument
 from . import gguf_file
 from .families import PARTS, bare_name, part_of, recognise
 from .imatrix import read_imatrix
-from .names import single_file_names
+from .names import single_file_names, with_one_autoencoder
 from .source import AnyPath, Source, open_source
 from .tensor import Tensor
 from .writing import OnProgress, Plan, plan, write
@@ -63,8 +63,8 @@ def convert(
     with open_source(source, components) as opened:
         if opened.path.is_dir():
             opened = single_file_names(opened, components or {})
-        tensors = _without(opened.tensors, drop)
         family = opened.family
+        tensors = _without(with_one_autoencoder(opened.tensors, family), drop)
         if only is not None:
             tensors = _part(tensors, only, opened.path)
             family = recognise(tensors) or family

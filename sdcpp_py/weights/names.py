@@ -12,11 +12,13 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import BadFile, Unsupported
+from .families import Family
 from .source import AnyPath, Source
 from .tensor import Floats, Tensor, from_array
 
 # The matrices of an autoencoder's attention, which single files have as convolutions of one pixel.
 _PIXEL_CONVOLUTION = re.compile(r"^first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight$")
+_AUTOENCODER = "first_stage_model."
 _LAYER = re.compile(r"^(cond_stage_model\.model\.transformer\.resblocks\.)(\d+)(\..*)$")
 
 
@@ -78,6 +80,22 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     others = [name for name in stored if name not in used]
     left_out = [*source.left_out, *([f"{len(others):,} tensors without a place in single files"] if others else [])]
     return replace(source, tensors=tensors, left_out=left_out)
+
+
+def with_one_autoencoder(tensors: Sequence[Tensor], family: Family | None) -> list[Tensor]:
+    """The autoencoder's tensors below one prefix, that of the family's files, where the engine's reader has given the
+    usual one to some of them."""
+    if not any(tensor.name.startswith(_AUTOENCODER) for tensor in tensors):
+        return list(tensors)  # there is none, or it has diffusers' names
+    prefix = "vae." if family is not None and family.name == "flux" else _AUTOENCODER
+
+    def renamed(tensor: Tensor) -> Tensor:
+        for given in (_AUTOENCODER, "vae."):
+            if tensor.name.startswith(given):
+                return replace(tensor, name=prefix + tensor.name.removeprefix(given))
+        return tensor
+
+    return [renamed(tensor) for tensor in tensors]
 
 
 def _last_layer(tensors: Sequence[Tensor]) -> list[Tensor]:
