@@ -40,14 +40,23 @@ class Pair:
         """Columns of up."""
         return int(self.down.shape[0])
 
-    def dense(self) -> Floats:
-        """(rows, columns)"""
-        up: Floats = self.up * np.float32(self.weight)
+    def dense(self, first: int = 0, last: int | None = None) -> Floats:
+        """Rows first to last - 1 of those that it changes, all by default: (rows, columns)."""
+        weight = np.float32(self.weight)
+        if _is_identity(self.up) or _is_identity(self.down):
+            other = self.down if _is_identity(self.up) else self.up
+            return other[first:last] if weight == 1 else np.multiply(other[first:last], weight)
+        up: Floats = self.up[first:last] * weight
         return up @ self.down
 
     def folded(self) -> "Pair":
         """The same with the weight in up."""
         return self if self.weight == 1 else replace(self, up=self.up * np.float32(self.weight), weight=1.0)
+
+
+def _is_identity(matrix: Floats) -> bool:
+    n = len(matrix)
+    return matrix.shape == (n, n) and np.count_nonzero(matrix) == n and bool((np.diagonal(matrix) == 1).all())
 
 
 # ---- kinds ---------------------------------------------------------------------------------------------
@@ -235,7 +244,7 @@ def reduce_dense(delta: Floats, rank: int | None, energy: float | None = None, f
     1e-8 of the largest, as float32 does.
     """
     side = min(delta.shape)
-    norm = math.sqrt(sum(float(np.square(rows, dtype=np.float64).sum()) for rows in _pieces(delta)))
+    norm = math.sqrt(sum(float(np.square(delta[a:b], dtype=np.float64).sum()) for a, b in _runs(*delta.shape)))
     if side <= _EXACT_SIDE:
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         return _reduced(u, s.astype(np.float64), vt, rank, energy, norm, first)
@@ -277,8 +286,8 @@ def _by_gram(
     """u, s and vt of an SVD: all values, and as many vectors as are to be kept."""
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     gram = np.zeros((tall.shape[1], tall.shape[1]))
-    for rows in _pieces(tall):
-        wide = rows.astype(np.float64)
+    for first, last in _runs(*tall.shape):
+        wide = tall[first:last].astype(np.float64)
         gram += wide.T @ wide
     squares, vectors = np.linalg.eigh(gram)
     s = np.sqrt(np.maximum(squares[::-1], 0))
@@ -287,12 +296,6 @@ def _by_gram(
     across = np.ascontiguousarray(vectors[:, : -keep - 1 : -1], np.float32)
     along = (tall @ across) / np.maximum(s[:keep], np.finfo(np.float32).tiny).astype(np.float32)
     return (along, s, across.T) if tall is delta else (across, s, along.T)
-
-
-def _pieces(delta: Floats) -> Iterator[Floats]:
-    """Rows of it, some at a time."""
-    step = max(1, _PIECE // delta.shape[1])
-    return (delta[first : first + step] for first in range(0, len(delta), step))
 
 
 def _reduced(
@@ -316,31 +319,60 @@ def _reduced(
 # ---- other ways to merge ---------------------------------------------------------------------------------
 
 
-def dare(delta: Floats, density: float, rng: np.random.Generator) -> Floats:
-    """Elements drop out at random and the rest grows to make up for it (DARE, arXiv 2311.03099)."""
-    kept = rng.random(delta.shape, np.float32) < density
-    out: Floats = delta * kept / np.float32(density)
+def agreed(pairs: Sequence[Pair], method: str, density: float, rng: np.random.Generator) -> Floats:
+    """Weighted changes of the same rows merged otherwise than by their sum: (rows, columns), made some rows at a time.
+
+    Args:
+        pairs: One from each file.
+        method: "dare" (arXiv 2311.03099): elements drop out at random and the rest grows to make up for it; "ties"
+            (arXiv 2306.01708, sections 3 and 4): the largest elements of each, averaged over those that agree with the
+            sign of their sum; "dare-ties": what dare leaves, averaged so.
+        density: The share of elements that stay.
+        rng: Of what drops out.
+    """
+    rows, columns = pairs[0].up.shape[0], pairs[0].down.shape[1]
+    least = [_least(pair, int(density * rows * columns)) if method == "ties" else np.float32(0) for pair in pairs]
+    out: Floats = np.empty((rows, columns), np.float32)
+    for first, last in _runs(rows, columns):
+        deltas = [pair.dense(first, last) for pair in pairs]
+        if method == "ties":
+            deltas = [np.where(np.abs(delta) >= low, delta, 0) for delta, low in zip(deltas, least, strict=True)]
+        else:
+            deltas = [delta * (rng.random(delta.shape, np.float32) < density) / np.float32(density) for delta in deltas]
+        out[first:last] = _elected(deltas) if method.endswith("ties") else np.sum(deltas, axis=0)
     return out
 
 
-def trim(delta: Floats, density: float) -> Floats:
-    """Only the largest elements by magnitude stay, this share of them."""
-    keep = int(density * delta.size)
-    if keep >= delta.size:
-        return delta
-    out = np.zeros_like(delta)
-    if keep > 0:
-        at = np.argpartition(np.abs(delta), delta.size - keep, axis=None)[delta.size - keep :]
-        out.flat[at] = delta.flat[at]
+def _elected(deltas: Sequence[Floats]) -> Floats:
+    """The mean of those elements that have the sign of the sum."""
+    trimmed = np.stack(deltas)
+    sign = np.sign(trimmed.sum(axis=0))
+    agrees = (np.sign(trimmed) == sign) & (trimmed != 0)
+    out: Floats = (trimmed * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1).astype(np.float32)
     return out
 
 
-def ties(deltas: Sequence[Floats], density: float) -> Floats:
-    """Trimmed changes, already weighted, of which each element averages those that agree with the sign of the sum
-    (TIES, arXiv 2306.01708, sections 3 and 4)."""
-    trimmed = np.stack([trim(delta, density) for delta in deltas])
-    elected = np.sign(trimmed.sum(axis=0))
-    agrees = (np.sign(trimmed) == elected) & (trimmed != 0)
-    counts = np.maximum(agrees.sum(axis=0), 1)
-    out: Floats = ((trimmed * agrees).sum(axis=0) / counts).astype(np.float32)
-    return out
+def _least(pair: Pair, keep: int) -> np.float32:
+    """The smallest magnitude among so many largest elements, counted by the upper and then the lower halves of their
+    bits, which lie in the order of the numbers."""
+    rows, columns = pair.up.shape[0], pair.down.shape[1]
+    if keep < 1:
+        return np.float32(np.inf)
+    upper, missing = 0, keep
+    for is_lower in (False, True):
+        counts = np.zeros(1 << 16, np.int64)
+        for run in _runs(rows, columns):
+            bits = np.abs(pair.dense(*run)).view(np.uint32).reshape(-1)
+            halves = bits[bits >> 16 == upper] & 0xFFFF if is_lower else bits >> 16
+            counts += np.bincount(halves, minlength=1 << 16)
+        above = np.cumsum(counts[::-1])
+        at = int(np.searchsorted(above, missing))
+        if not is_lower:
+            upper, missing = 0xFFFF - at, missing - int(above[at - 1] if at else 0)
+    return np.float32(np.array(upper << 16 | 0xFFFF - at, np.uint32).view(np.float32))
+
+
+def _runs(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix some at a time."""
+    step = max(1, _PIECE // columns)
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))

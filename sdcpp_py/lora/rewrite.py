@@ -366,18 +366,12 @@ def _combined(
     if plan.method == "sum":
         return sum_of(here)
     by_input = (sum_of([entry for entry in here if entry[1] == n]) for n in sorted({entry[1] for entry in here}))
-    deltas = [pair.dense() for pair in by_input if pair is not None]
-    if not deltas:
+    pairs = [pair for pair in by_input if pair is not None]
+    if not pairs:
         return None
     module = here[0][2].module
-    if plan.method.startswith("dare"):
-        rng = np.random.default_rng([plan.seed, *f"{module.component}.{module.name}.{first}".encode()])
-        deltas = [algebra.dare(delta, plan.density, rng) for delta in deltas]
-    if plan.method.endswith("ties"):
-        merged = algebra.ties(deltas, 1.0 if plan.method == "dare-ties" else plan.density)
-    else:
-        merged = np.sum(deltas, axis=0)
-    return algebra.of_dense(merged, first)
+    rng = np.random.default_rng([plan.seed, *f"{module.component}.{module.name}.{first}".encode()])
+    return algebra.of_dense(algebra.agreed(pairs, plan.method, plan.density, rng), first)
 
 
 def _vector(sums: list[tuple[float, Change]], i: int, model: Model | None, first: int, rows: int) -> Floats | None:

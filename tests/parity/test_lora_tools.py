@@ -233,7 +233,8 @@ def test_ties_is_pefts(tmp_path: Path) -> None:
     deltas = [torch.randn(24, 32) * ratio for ratio in (0.7, -0.3, 1.0)]
     for density in (0.2, 0.5, 1.0):
         want = ties(deltas, torch.ones(3), density)
-        got = algebra.ties([delta.numpy() for delta in deltas], density)
+        pairs = [algebra.of_dense(delta.numpy()) for delta in deltas]
+        got = algebra.agreed(pairs, "ties", density, np.random.default_rng(0))
         assert_close(got, want.numpy(), 1e-6)
 
 

@@ -17,7 +17,7 @@ from cases import SD1
 from closeness import assert_close, relative_rmse
 
 from sdcpp_py import SDContext, errors
-from sdcpp_py.lora import bake, convert, diff, extract, merge, prune, resize, scale
+from sdcpp_py.lora import algebra, bake, convert, diff, extract, merge, prune, resize, scale
 from sdcpp_py.lora.outline import FAMILIES, outline_of
 from sdcpp_py.lora.source import LoraSource
 from sdcpp_py.lora.spelling import FORMATS
@@ -381,6 +381,48 @@ def test_other_methods_at_full_density(flux: dict, tmp_path: Path, method: str) 
         merge([(flux["a"][0], 0.5)], out, method=method, density=1.0)
         want = flux_files.weighted((flux["a"][1], 0.5))
     assert_changes(flux_changes(out), want)
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+@pytest.mark.parametrize("keep", [1, 2, 500, 1151, 1152])
+def test_the_smallest_of_the_largest_elements(keep: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a sort; numbers of every size, zeros and equal ones among them."""
+    monkeypatch.setattr(algebra, "_PIECE", piece)
+    rng = np.random.default_rng(0)
+    delta = (rng.standard_normal((24, 48)) * 10.0 ** rng.integers(-40, 30, (24, 48))).astype(np.float32)
+    delta[3], delta[5] = 0, 2.5
+    want = np.sort(np.abs(delta).reshape(-1))[-keep]
+    assert algebra._least(algebra.of_dense(delta), keep) == want
+    assert algebra._least(algebra.of_dense(delta), 0) == np.inf
+
+
+SHAPES = [(96, 160), (160, 96)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("rank", "energy"), [(8, None), (40, None), (None, None), (None, 0.5), (None, 0.9), (30, 0.99), (8, 0.99)]
+)
+def test_large_matrices_are_reduced_as_by_lapack(
+    rank: int | None, energy: float | None, shape: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subspace iteration, and eigenvectors of the product with itself, against numpy's SVD in float64."""
+    monkeypatch.setattr(algebra, "_EXACT_SIDE", 16)
+    monkeypatch.setattr(algebra, "_TRIES", (6, 20))
+    monkeypatch.setattr(algebra, "_PIECE", 1000)
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.standard_normal((side, min(shape))))[0] for side in shape)
+    values = 0.9 ** np.arange(min(shape))
+    delta = (u * values) @ v.T
+    got = algebra.reduce_dense(delta.astype(np.float32), rank, energy)
+    keep = rank or min(shape)
+    if energy is not None:
+        keep = min(keep, int(np.searchsorted(np.cumsum(values**2), energy * np.sum(values**2))) + 1)
+    assert got.pair.rank == keep
+    assert_close(got.pair.dense(), (u[:, :keep] * values[:keep]) @ v[:, :keep].T, 1e-4)  # vectors of near values mix
+    want = np.sqrt(np.sum(values[keep:] ** 2) / np.sum(values**2))
+    assert got.residual == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert got.norm == pytest.approx(np.linalg.norm(values), rel=1e-6)
 
 
 def test_dare_drops_the_same_with_the_same_seed(flux: dict, tmp_path: Path) -> None:
