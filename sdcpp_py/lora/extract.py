@@ -92,6 +92,8 @@ def extract(
     ours, theirs = Model(tuned), Model(base)
     shared = _shared(ours, theirs)
     format = spelling.format_of(to or ("kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"), ours.family)
+    if format.name == "peft":
+        raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
     out = Extracted(str(output), ours.family, format.name)
     ranks: Counter[int] = Counter()
     rest = whole = 0.0

@@ -18,7 +18,7 @@ from .model import Model
 from .outline import NORM, Module
 from .source import Change, Floats, LoraSource, described
 from .spelling import Format, Unit
-from .writer import TYPES, narrowest, safetensors_file
+from .writer import TYPES, narrowest, peft_folder, safetensors_file
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -183,7 +183,13 @@ def rewrite(
     ranks: Counter[int] = Counter()
     rest = whole = 0.0
     work = in_parallel(lambda i: _make(inputs, i, plan, model), order, lambda i: _cost(sources, i), plan.threads)
-    with safetensors_file(output, told) as writer:
+    is_folder = plan.format.name == "peft"
+    if is_folder and len(networks := sorted({outline.modules[i].component for i in order})) > 1:
+        raise BadArgument(
+            f"{output}: a folder of PEFT is for one network, and these are changes of {', '.join(networks)}; "
+            f"take one after the other with prune --keep '{networks[-1]}.*'"
+        )
+    with (peft_folder if is_folder else safetensors_file)(output, told) as writer:
         for done, (i, made) in enumerate(zip(order, work, strict=True), start=1):
             for name, (values, type) in made.tensors.items():
                 writer.add(name, values, type)

@@ -741,11 +741,12 @@ def test_text_encoders_only(tmp_path: Path) -> None:
 def test_baked_models_of_other_families_paint_as_with_the_lora(
     model: tiny.TinySD1, layout: str, tiny_folder: Callable, tmp_path: Path
 ) -> None:
-    """OpenCLIP's fused projections, and both text encoders of SDXL, in either layout of the model."""
+    """OpenCLIP's fused and turned projections, and both text encoders of SDXL, in either layout of the model."""
     folder = tiny_folder(model)
     base = folder if layout == "folder" else tiny_sdxl.write_single(model, tmp_path / "base.safetensors")
-    ends = (".to_q", ".to_v", ".q_proj", ".v_proj", ".fc1", ".conv1")
+    ends = (".to_q", ".to_v", ".q_proj", ".v_proj", ".fc1", ".conv1", ".text_projection")
     paths = [path for path in lora_files.modules("linear conv", PARTS, model) if path.endswith(ends)]
+    assert ("text_encoder_2.text_projection" in paths) == (model is tiny_sdxl.SDXL)
     update = lora_files.random_update(paths, model=model)
     source = lora_files.save(tmp_path / "x.safetensors", lora_files.peft(update))
     bake(base, [(source, 0.7)], tmp_path / "baked.safetensors")
@@ -760,3 +761,22 @@ def test_baked_models_of_other_families_paint_as_with_the_lora(
     want = latent(base, [(source, 0.7)])
     assert relative_rmse(latent(base, []), want) > 0.01
     assert_close(latent(tmp_path / "baked.safetensors", []), want, 1e-4)  # as above
+
+
+def test_open_clips_projection_is_turned_on_both_ways(tiny_folder: Callable, tmp_path: Path) -> None:
+    """Single files have it with rows for inputs: baked into one, and found against the folder."""
+    module = "text_encoder_2.text_projection"
+    model = tiny_sdxl.SDXL
+    base = tiny_sdxl.write_single(model, tmp_path / "base.safetensors")
+    update = lora_files.random_update([module], model=model)
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.peft(update))
+    bake(base, [(source, 0.7)], tmp_path / "tuned.safetensors")
+    want = lora_files.merged((update, 0.7), model=model)[f"{module}.weight"]
+    name = "conditioner.embedders.1.model.text_projection"
+    assert_close(tensors_of(tmp_path / "tuned.safetensors")[name], want.T, SUM)
+    told = extract(tmp_path / "tuned.safetensors", tiny_folder(model), tmp_path / "y.safetensors", rank=4, type="f32")
+    assert told.modules == 1
+    assert told.residual < 1e-4  # of a difference of float32
+    found = tensors_of(tmp_path / "y.safetensors")
+    down, up = (found[f"lora_te2_text_projection.lora_{side}.weight"] for side in ("down", "up"))
+    assert_close(up @ down, want - lora_files.base(model)[f"{module}.weight"], 1e-4)
