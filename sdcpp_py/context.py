@@ -8,7 +8,7 @@ import operator
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sdcpp_py")
 
 AnyPath = str | os.PathLike[str]
+Pair = tuple[int, int]
 
 
 class Preview(Protocol):
@@ -55,7 +56,7 @@ class ModelInfo:
         prediction: What the denoiser predicts: "eps", "v", or "flow" as SD3 and FLUX.
         backend: The device that it runs on.
         threads: Of the CPU.
-        kernels: Of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations.
+        kernels: Of the CPU: "amx", "avx512", "avx2", "plain", or "reference" for ggml's own operations.
         precision: Of products: "f32" or "bf16".
         size_multiple: Width and height of a picture are multiples of it, in pixels.
         native_size: The side of the pictures that the model was trained on, in pixels.
@@ -64,6 +65,7 @@ class ModelInfo:
         input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
         weight_bytes: In memory.
         n_weights: How many tensors.
+        zero_snr: Whether the highest noise level is noise alone.
     """
 
     family: str
@@ -79,6 +81,7 @@ class ModelInfo:
     input_channels: int
     weight_bytes: int
     n_weights: int
+    zero_snr: bool
 
 
 class SDContext:
@@ -106,6 +109,7 @@ class SDContext:
         threads: int | None = None,
         precision: str = "auto",
         prediction: str | None = None,
+        zero_snr: bool | None = None,
         lora_dir: AnyPath | None = None,
         embedding_dir: AnyPath | None = None,
         lora_mode: str = "runtime",
@@ -130,6 +134,8 @@ class SDContext:
                 processors that multiply it natively, where it is about twice as fast; "auto": "bf16" on those,
                 else "f32".
             prediction: "eps" or "v"; None: what the file says, else what the family does.
+            zero_snr: Whether the highest noise level is noise alone, as of models trained with zero terminal SNR, which
+                predict "v"; None: what the file says.
             lora_dir: Folder of the LoRAs that prompts name; None: no names are known, but for the model that
                 ships, whose LoRAs lie beside it.
             embedding_dir: Folder of the textual inversions that prompts name, see embeddings.py; None: there are none.
@@ -154,7 +160,7 @@ class SDContext:
         self._path = files.shipped_model() if model is None else _path("model", model)
         components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h, "t5xxl": t5xxl}
         self._components = {role: _path(role, path) for role, path in components.items() if path is not None}
-        self._prediction = prediction
+        self._prediction, self._zero_snr = prediction, zero_snr
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
         self._library = LoraLibrary(None if lora_dir is None else _path("lora_dir", lora_dir))
@@ -176,6 +182,7 @@ class SDContext:
             requantise=bool(requantise),
             strict_loras=bool(strict_loras),
             lora_cache=_whole("lora_cache", lora_cache, 0),
+            zero_snr=None if zero_snr is None else bool(zero_snr),
         )
 
     @property
@@ -208,7 +215,8 @@ class SDContext:
 
         Args:
             loras: Names in ``lora_dir`` or paths, each with a multiplier: ``{"pencil": 0.8}``, or with options:
-                ``{"pencil": {"te": 0.5, "unet": 1.0, "lbw": "OUTALL"}}``; a list of pairs does as well.
+                ``{"pencil": {"te": 0.5, "unet": 1.0, "lbw": "OUTALL"}}``; a list of pairs does as well. "te" is of all
+                text encoders; "te2" (CLIP-G of SDXL and SD3) and "te3" (T5) say otherwise for one.
 
         Raises:
             BadArgument: An unknown name, or a multiplier that is no finite number.
@@ -226,10 +234,16 @@ class SDContext:
 
     @property
     def lora_state(self) -> dict[str, dict[str, Any]]:
-        """What acts on the first picture, by name: "te" and "unet", and "start", "stop" where they say anything."""
+        """What acts on the first picture, by name: "te" and "unet", and what else says anything.
+
+        That is "te2", "te3" where they differ from "te", and "start", "stop" where it does not act all the time.
+        """
         with self._lock:
             state = self._native.lora_state()
-        uses = [LoraUse(Path(path), te, unet, start, stop) for path, te, unet, start, stop in state]
+        uses = [
+            LoraUse(Path(path), start=start, stop=stop).with_multipliers(te, te2, te3, unet)
+            for path, te, te2, te3, unet, start, stop in state
+        ]
         return multipliers(self._library, uses)
 
     @property
@@ -255,6 +269,12 @@ class SDContext:
             yield lambda: _native.probe_operations(self._native)
         finally:
             _native.probe_profile(self._native, False)
+
+    def peak_rate(self) -> float | None:
+        """Floating-point operations a second that the CPU's kernels make at best, on all threads together: in products
+        that lie in the second-level cache. Takes half a second. None where ggml's own operations run."""
+        with self._lock:
+            return _native.probe_peak(self._native) or None
 
     def close(self) -> None:
         """Frees the model; waits for a picture in work. Closing twice does nothing."""
@@ -283,6 +303,7 @@ class SDContext:
         height: int | None = None,
         steps: int | None = None,
         cfg_scale: float | None = None,
+        guidance_rescale: float | None = None,
         guidance: float | None = None,
         shift: float | None = None,
         seed: int | None = None,
@@ -296,6 +317,12 @@ class SDContext:
         strength: float | None = None,
         mask: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         control_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        original_size: Pair | None = None,
+        crop_top_left: Pair | None = None,
+        target_size: Pair | None = None,
+        negative_original_size: Pair | None = None,
+        negative_crop_top_left: Pair | None = None,
+        negative_target_size: Pair | None = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -314,6 +341,8 @@ class SDContext:
             height: Likewise.
             steps: How often the denoiser runs, at least 1.
             cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
+            guidance_rescale: Share of the guided output that is brought back to the spread of the prompt's own, from
+                0 to 1, against the glare that models with zero_snr get from guidance (Lin et al., 2023); None: 0.
             guidance: What models that were distilled for guidance are told, as FLUX.1 dev; others take none.
             shift: Of the noise levels of SD3 and FLUX, towards noise where above 1; FLUX's own grows with the picture.
             seed: Of the noise, from 0 to 2**64 - 1; None or -1: a new one.
@@ -329,6 +358,13 @@ class SDContext:
                 a mask hides, as FLUX.1 Fill.
             mask: Where to repaint init_image: white. Likewise; bytes are (height, width).
             control_image: Edges or depths to follow, for FLUX.1 Canny and Depth, and for control LoRAs. Likewise.
+            original_size: SDXL is told that the picture was cut out of one that had this width and height before it was
+                scaled; a small one gives the look of enlarged pictures. None: width and height.
+            crop_top_left: And from where, (top, left) in pixels; None: (0, 0), which centres things.
+            target_size: And the width and height that it has now; None: width and height.
+            negative_original_size: The same for the negative prompt; None: as for the prompt.
+            negative_crop_top_left: Likewise.
+            negative_target_size: Likewise.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -361,12 +397,21 @@ class SDContext:
         control = None if control_image is None else open_picture(control_image, "control_image")
         steps = None if steps is None else _whole("steps", steps, 1)
         cfg_scale = None if cfg_scale is None else _number("cfg_scale", cfg_scale)
+        guidance_rescale = None if guidance_rescale is None else _number("guidance_rescale", guidance_rescale, 0)
         guidance = None if guidance is None else _number("guidance", guidance, 0)
         shift = None if shift is None else _number("shift", shift, 0)
         eta = None if eta is None else _number("eta", eta, 0)
         strength = None if strength is None else _number("strength", strength)
         clip_skip = None if clip_skip is None else _whole("clip_skip", clip_skip, 1)
         vae_tile = None if vae_tile is None else _whole("vae_tile", vae_tile, 1)
+        told: dict[str, Any] = {
+            "original_size": _pair("original_size", original_size, 1),
+            "crop_top_left": _pair("crop_top_left", crop_top_left, 0),
+            "target_size": _pair("target_size", target_size, 1),
+            "negative_original_size": _pair("negative_original_size", negative_original_size, 1),
+            "negative_crop_top_left": _pair("negative_crop_top_left", negative_crop_top_left, 0),
+            "negative_target_size": _pair("negative_target_size", negative_target_size, 1),
+        }
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
@@ -414,6 +459,9 @@ class SDContext:
                 control_image=control_pixels,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
+                guidance_rescale=guidance_rescale or 0.0,
+                sizes=_told_sizes(told, ""),
+                negative_sizes=_told_sizes(told, "negative_"),
             )
         parameters = Parameters(
             negative_prompt=negative_prompt,
@@ -421,6 +469,7 @@ class SDContext:
             sampler=sampler,
             scheduler=scheduler,
             cfg_scale=cfg_scale,
+            guidance_rescale=guidance_rescale or None,
             guidance=guidance,
             shift=shift,
             width=width,
@@ -435,6 +484,7 @@ class SDContext:
             control_hash=_hash(control_pixels),
             backend=info["backend"],
             precision=info["precision"],
+            **told,
             **self._origin(),
         )
         pictures = []
@@ -486,6 +536,7 @@ class SDContext:
         """The fields of Parameters that tell of the model."""
         fields: dict[str, Any] = {
             "prediction": self._prediction,
+            "zero_snr": self._zero_snr,
             "version": f"sdcpp_py {_native.version()}",
         }
         for role, path in {"model": self._path, **self._components}.items():
@@ -540,6 +591,21 @@ def _whole(argument: str, value: object, least: int, most: int = (1 << 31) - 1) 
     if not least <= number <= most:
         raise BadArgument(f"{argument} {_brief(number)}: must be between {least} and {most}")
     return number
+
+
+def _pair(argument: str, value: object, least: int) -> Pair | None:
+    """Two whole numbers; what else they must be, the engine knows."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        raise BadArgument(f"{argument} {_brief(value)}: must be two whole numbers, such as (1024, 1024)")
+    return _whole(argument, value[0], least), _whole(argument, value[1], least)
+
+
+def _told_sizes(told: Mapping[str, Pair | None], which: str) -> tuple[int, int, int, int, int, int]:
+    """In the order of the engine, with what stands for "left out"."""
+    original, target = told[f"{which}original_size"] or (0, 0), told[f"{which}target_size"] or (0, 0)
+    return (*original, *(told[f"{which}crop_top_left"] or (-1, -1)), *target)
 
 
 def _number(argument: str, value: object, least: float = -MOST) -> float:

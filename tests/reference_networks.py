@@ -32,15 +32,16 @@ def open_parts(folder: Path) -> dict[str, Any]:
 
 
 class Reference:
-    """Opens tiny models with diffusers, each once, and answers cases."""
+    """Opens tiny models with diffusers, each once, and answers cases in float32, from weights rounded to `dtype`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.folder = folder
+        self.dtype = dtype
         self.open = cache(self._open)
 
     def _open(self, model: tiny.TinySD1) -> dict[str, Any]:
-        path = tiny.write_folder(model, self.folder / f"{abs(hash(model)):x}")
-        return open_parts(path)
+        path = tiny.write_folder(model, self.folder / f"{abs(hash(model)):x}", self.dtype)
+        return {name: part.float() for name, part in open_parts(path).items()}
 
     @torch.no_grad()
     def run(self, case: cases.Case) -> np.ndarray:

@@ -92,6 +92,10 @@ RANDN = {"cpu": CpuRandn, "cuda": CudaRandn}
 
 # sigma by timestep of Stable Diffusion 1.x
 TRAINED = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)
+# and of a model with zero terminal SNR: sqrt(alpha_bar) moved to end at 2^-12 (diffusers' stand-in for 0)
+_KEPT = 1 / np.sqrt(1 + TRAINED**2)
+_MOVED = (_KEPT - _KEPT[-1]) / (_KEPT[0] - _KEPT[-1]) * _KEPT[0]
+ZERO_SNR = np.sqrt(1 / np.append(_MOVED[:-1], 2.0**-12) ** 2 - 1)
 AYS_SD1 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
 
 
@@ -231,6 +235,26 @@ def _lcm(x, s, eta, denoise, noise):
     return x
 
 
+def _tcd(x, s, eta, denoise, noise):
+    """In the paper's variables: alpha x0 + beta noise, and timesteps."""
+
+    def alpha_beta(sigma: float) -> tuple[float, float]:
+        return (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+
+    for now, following in pairwise(s):
+        clean = denoise(x, now)
+        timestep = float(np.interp(math.log(following), np.log(TRAINED), np.arange(1000))) if following else 0.0
+        beyond = following
+        if eta and following:
+            beyond = float(sigma_at(math.floor(max(0.0, 1 - eta) * timestep + 1e-3)))
+            beyond = beyond if beyond < following * (1 - 1e-6) else following
+        (a, b), (a_next, _) = alpha_beta(beyond), alpha_beta(following)
+        y = a_next / a * (a * clean + b * (x - clean) / now)
+        y = y + (1 - (a_next / a) ** 2) ** 0.5 * noise() if beyond < following else y
+        x = y / a_next
+    return x
+
+
 def _unipc(x, s, eta, denoise, noise):
     """B(h) = e^h - 1 of Zhao 2023 with its linear system solved as such, whatever the order."""
     lam = [-math.log(sigma) if sigma else math.inf for sigma in s]
@@ -276,6 +300,7 @@ SAMPLERS = {
     "dpm++2m_sde": (_dpmpp_2m, 1.0, True),
     "ddim": (_euler, 0.0, True),
     "lcm": (_lcm, 0.0, False),
+    "tcd": (_tcd, 0.3, True),
     "unipc": (_unipc, 0.0, False),
 }
 

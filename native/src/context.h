@@ -13,6 +13,7 @@
 #include <list>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,7 @@ struct OpenParams {
     std::string                model;
     std::vector<ComponentFile> components;
     std::string                data_dir, backend, prediction, precision;
+    std::optional<bool>        zero_snr; // see OpenOptions
     int                        threads = 0;
     bool                       in_ram = false; // the files, which may change or vanish then
     LoraOptions                loras;
@@ -32,7 +34,9 @@ struct Request {
     std::vector<Prompt>                         prompts, negative_prompts; // one, or one per image
     LoraState                                   loras;
     int                                         width = 0, height = 0, steps = 0;
+    PictureSizes                                sizes, negative_sizes; // 0, of a crop below 0: see complete_sizes()
     float                                       cfg_scale = 1;
+    float                                       guidance_rescale = 0;
     float                                       guidance = -1; // below 0: the family's own
     float                                       shift = 0;     // of a flow; 0: the family's own
     uint64_t                                    seed = 0;
@@ -106,7 +110,10 @@ class Context {
     };
 
     void         complete(Request & request) const;
+    void         complete_sizes(Request & request) const;
     void         check_control(const Request & request) const;
+    void         hint_at_settings(const Request & request);
+    LoraFile     read_with_settings(const std::string & lora) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
@@ -133,6 +140,7 @@ class Context {
     };
     std::list<Encoded> encoded_; // the newest first
 
+    std::set<std::string>      hinted_; // paths of LoRAs whose settings were told
     Profile                    profile_;
     std::map<std::string, Importance> importance_; // by the names of matrices
     Tensor                     last_latent_;

@@ -229,6 +229,60 @@ def test_case_37_t5_is_meant_by_whatever_number(dit: Opens, tmp_path: Path) -> N
         assert (report.text_modules, report.unet_modules, report.unmatched) == (1, 0, [])
 
 
+def test_text_encoders_of_sd3_have_multipliers_of_their_own(dit: Opens, tmp_path: Path) -> None:
+    """te1, te2 and te3 in one file, with te2= and te3= of its tag: each as a file of that encoder alone."""
+    rng = np.random.default_rng(1)
+    layer, block = "text_model_encoder_layers_0_mlp_fc1", "encoder_block_1_layer_1_DenseReluDense_wi_0"
+    files: dict[str, Tensors] = {}
+    for key, stem, inputs, outputs in (
+        ("te", f"lora_te1_{layer}", SD3.clip_l, 4 * SD3.clip_l),
+        ("te2", f"lora_te2_{layer}", SD3.clip_g, 4 * SD3.clip_g),
+        ("te3", f"lora_te3_{block}", SD3.context, 2 * SD3.context),
+    ):
+        files[key] = {
+            f"{stem}.lora_down.weight": rng.standard_normal((4, inputs)).astype(np.float32),
+            f"{stem}.lora_up.weight": rng.standard_normal((outputs, 4)).astype(np.float32) / 8,
+        }
+    whole = lora_dit.write({k: v for tensors in files.values() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    alone = {key: lora_dit.write(tensors, tmp_path / f"{key}.safetensors") for key, tensors in files.items()}
+    context = dit(SD3)
+
+    def paint(loras: dict[Path, Any]) -> np.ndarray:
+        context.generate("a cat", loras=loras, width=32, height=32, steps=1, cfg_scale=1.0, seed=1)
+        return _native.probe_latent(context._native)
+
+    plain, seen = paint({}), []
+    for told in ({"te": 0.5, "te2": 1.0, "te3": -0.5}, {"te": 0.0, "te2": 1.0, "te3": 0.0}, {"te": 0.5, "te3": 0.0}):
+        multipliers = {"te2": told["te"], "te3": told["te"], **told}
+        want = paint({alone[key]: multiplier for key, multiplier in multipliers.items()})
+        got = paint({whole: {"unet": 0.0, **told}})
+        assert_close(got, want, TOLERANCE)
+        assert all(np.std(got - other) > 1e-3 * np.std(plain) for other in (plain, *seen)), "too small to be seen"
+        seen.append(got)
+    np.testing.assert_array_equal(paint({}), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("FLUX.1-Turbo-Alpha", "Turbo, made for steps 8 and multiplier 1;"),
+        ("Hyper-FLUX.1-dev-16steps-lora", "Hyper, made for steps 16 and multiplier 0.125;"),
+    ],
+)
+def test_a_distilled_lora_says_its_settings(
+    name: str, told: str, dit: Opens, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = lora_dit.random_update(FLUX, ["img_in"])
+    path = lora_dit.write(kohya()(update), tmp_path / f"{name}.safetensors")
+    request = {"width": 32, "height": 32, "steps": 8}
+    dit(FLUX).generate("a cat", loras={path: 0.125}, **request)
+    assert not caplog.records
+    dit(FLUX).generate("a cat", loras={path: 1.0}, **{**request, "steps": 20})
+    assert told in caplog.text
+    assert len(caplog.records) == 1
+    dit(FLUX).apply_loras({})
+
+
 def test_guidance_of_a_lora_for_dev_is_absent_from_schnell(dit: Opens, tmp_path: Path) -> None:
     update = lora_dit.random_update(FLUX, ["guidance_in.in_layer", "img_in", "txt_in"])
     report = dit(FLUX_SCHNELL).inspect_lora(lora_dit.write(kohya()(update), tmp_path / "dev.safetensors"))

@@ -16,7 +16,7 @@ from sdcpp_py.errors import BadArgument, Internal, Unsupported
 from sdcpp_py.lora.blocks import PRESETS, read_blocks
 from sdcpp_py.lora.library import LoraLibrary
 from sdcpp_py.lora.report import LoraReport
-from sdcpp_py.lora.state import LoraUse, multipliers, read_uses
+from sdcpp_py.lora.state import LoraUse, lora_tags, multipliers, read_uses
 from sdcpp_py.prompt import LoraTag, parse
 
 
@@ -55,6 +55,44 @@ def of_prompt(library: LoraLibrary, prompt: str, **options: Any) -> list[tuple[s
 )
 def test_tags_become_uses(library: LoraLibrary, prompt: str, want: list[tuple[str, float, float]]) -> None:
     assert of_prompt(library, prompt) == want
+
+
+ENCODERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("sdxl", "<lora:x:te=0.5:te2=0.75:unet=1>", {"te": 0.5, "te2": 0.75, "unet": 1.0}),
+    ("sdxl", "<lora:x:0.5:te2=0.5>", {"te": 0.5, "unet": 0.5}),
+    ("sdxl", "<lora:x:0:te2=1>", {"te": 0.0, "te2": 1.0, "unet": 0.0}),
+    ("sd3", "<lora:x:0.5:te3=0>", {"te": 0.5, "te3": 0.0, "unet": 0.5}),
+    ("sd3", "<lora:x:0.5:te2=1:te3=0.25>", {"te": 0.5, "te2": 1.0, "te3": 0.25, "unet": 0.5}),
+    ("flux", "<lora:x:0.5:te3=1>", {"te": 0.5, "te3": 1.0, "unet": 0.5}),
+    # The same twice is the sum for each encoder; what is not said follows te.
+    ("sdxl", "<lora:x:0.25> <lora:x:0.5:te2=1>", {"te": 0.75, "te2": 1.25, "unet": 0.75}),
+    ("sdxl", "<lora:x:0.25:te2=0.5> <lora:x:0.5:te2=0.25>", {"te": 0.75, "unet": 0.75}),
+]
+
+
+@pytest.mark.parametrize(("family", "prompt", "want"), ENCODERS)
+def test_text_encoders_by_themselves(library: LoraLibrary, family: str, prompt: str, want: dict[str, Any]) -> None:
+    uses = read_uses(library, tags=parse(prompt).loras, family=family)
+    assert multipliers(library, uses) == {"x": want}
+    by_argument = read_uses(library, loras={"x": want}, family=family)
+    assert by_argument == uses
+    (tag,) = parse("".join(lora_tags(library, {"x": want}))).loras
+    assert read_uses(library, tags=[tag], family=family) == uses
+    both = {"te2": want["te"], "te3": want["te"], **want}
+    assert {key: uses[0].native()[key] for key in both} == both
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "told"),
+    [("sd1", "te2", "CLIP-G"), ("sd2", "te3", "T5"), ("sdxl", "te3", "T5"), ("flux", "te2", "CLIP-G")],
+)
+def test_a_text_encoder_that_is_not_there_is_said(
+    library: LoraLibrary, family: str, key: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="sdcpp_py"):
+        uses = read_uses(library, tags=parse(f"<lora:x:0.5:{key}=1>").loras, family=family)
+    assert f"{key} is for {told}" in caplog.text
+    assert multipliers(library, uses) == {"x": {"te": 0.5, "unet": 0.5}}
 
 
 def test_case_53_the_same_twice_is_one_with_the_sum(library: LoraLibrary) -> None:
@@ -110,7 +148,8 @@ def test_a_tag_never_is_a_path(library: LoraLibrary, tmp_path: Path) -> None:
         ([("x", 10**400)], "must be a finite number"),
         ([("x", 1, 2)], "is no LoRA; write"),
         ([(3, 1.0)], "named by text or a path, not int"),
-        ([("x", {"tee": 1})], "'tee' is not known; there are: te, unet"),
+        ([("x", {"tee": 1})], "'tee' is not known; there are: te, te2, te3, unet"),
+        ([("x", {"te2": "a"})], "must be a finite number"),
         ([("x", {"te": "a"})], "must be a finite number"),
         ([("x", {"lbw": 3})], "lbw must be text"),
         ([("x", {"start": "a"})], "start 'a' must be a step"),
@@ -321,6 +360,7 @@ JSON = json.dumps(
     {
         "path": "/loras/pencil.safetensors",
         "base_model": "SD1",
+        "settings": "",
         "formats": {"kohya": 264},
         "kinds": {"lora": 260, "loha": 4},
         "ranks": {"4": 4, "16": 260},

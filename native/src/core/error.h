@@ -1,4 +1,4 @@
-// Errors inside the engine are thrown; only c_api.cpp turns them into a status and a sentence.
+// Errors inside the engine are thrown; only c_api turns them into a status and a sentence.
 #pragma once
 
 #include <stdexcept>

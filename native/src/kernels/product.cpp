@@ -10,13 +10,13 @@
 namespace sd {
 namespace {
 
-// A block of weights that is unpacked at a time should stay in the second-level cache while rows pass by: channels and
-// taps times columns. In f32 it could be twice as deep and a few per cent faster, but a running sum of hundreds loses digits.
-constexpr int64_t depth_at_once = 96, depth_of_bf16 = 768, columns_at_most = 256;
+// Weights that are unpacked at a time, and sums that more channels are added to, stay in the second-level cache together
+// while rows pass by. Few channels at a time and many columns read rows less often; many channels add to sums less often.
+constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10; // bytes
+constexpr int64_t depth_of_f32 = 768, depth_of_bf16 = 1536, columns_at_most = 320;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
-// Unpacking a block of weights must be little work beside multiplying by it, and its sums should stay in the cache while
-// the next channels are added.
-constexpr int64_t rows_at_least = 512, rows_at_most = 1024, rows_of_quantised = 4096;
+// Unpacking a block of weights must be little work beside multiplying by it.
+constexpr int64_t rows_at_least = 512, rows_of_quantised = 4096;
 
 int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
 int64_t inputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[2] : weight->ne[0]; }
@@ -75,57 +75,72 @@ Rows Product::rows_of(const ProductTerm & term) const {
     rows.stride = term.stride;
     rows.pad = term.pad;
     rows.out_width = (rows.seen_width + 2 * rows.pad - rows.taps_w) / rows.stride + 1;
-    rows.out_height = (rows.seen_height + 2 * rows.pad - rows.taps_h) / rows.stride + 1;
     rows.zeros = zeros_.data();
+    rows.out_height = (rows.seen_height + 2 * rows.pad - rows.taps_h) / rows.stride + 1;
     return rows;
 }
 
 // ---- which weights are unpacked at a time ---------------------------------------------------------------------
 
 void Product::plan_chunks() {
-    int64_t longest = 0;
+    const int64_t depth = set.bf16 ? depth_of_bf16 : depth_of_f32;
+    int64_t       longest = 0, taken = 0; // by the last chunk
     for (size_t term = 0; term < parts_.terms.size(); ++term) {
         const ggml_tensor * weight = parts_.terms[term].weight;
         const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
         // A value meets its gate when both are complete: all at a time.
-        const int64_t depth = set.bf16 ? depth_of_bf16 : depth_at_once;
         const int64_t most = gated() ? inputs : std::max<int64_t>(depth / taps, 16);
         const int64_t pieces = (inputs + most - 1) / most;
-        const int64_t step = std::max<int64_t>(block, 2);
+        const int64_t step = std::max<int64_t>(block, set.channel_step);
         const int64_t length = ((inputs + pieces - 1) / pieces + step - 1) / step * step; // of nearly the same length
+        longest = std::max(longest, length);
         for (int64_t first = 0; first < inputs; first += length) {
             const Slice slice{term, static_cast<int>(taps), static_cast<int>(std::min(length, inputs - first)), first};
-            if (gated() && !chunks_.empty()) {
-                chunks_.front().push_back(slice);
+            // An adapter's few channels come with the last of the layer's, and sums are written once for both.
+            const bool joins = !chunks_.empty() && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= depth));
+            taken = taps * slice.length + (joins ? taken : 0);
+            if (joins) {
+                chunks_.back().push_back(slice);
             } else {
                 chunks_.push_back({slice});
             }
         }
-        longest = std::max(longest, length);
     }
     zeros_.assign(static_cast<size_t>(longest), 0.0f);
-    const int64_t panels = columns_at_once() / set.panel * (gated() ? 2 : 1);
+    plan_columns();
+    const int64_t panels = columns_at_once_ / set.panel * (gated() ? 2 : 1);
     for (const Chunk & chunk : chunks_) {
         size_t panel_bytes = 0, row_bytes = 0;
         for (const Slice & slice : chunk) {
             panel_bytes += aligned(set.panel_bytes(slice.taps, slice.length) * panels);
             row_bytes += aligned(set.row_scratch(slice.taps, slice.length));
-            const int64_t floats = int64_t{slice.taps} * (slice.length + 1) * set.lanes; // dequantised, and the set's own
-            pack_bytes_ = std::max(pack_bytes_, aligned(2 * 4 * floats));
+            pack_bytes_ = std::max(pack_bytes_, 2 * aligned(4 * pack_floats(slice))); // dequantised, and the set's own
         }
         panel_bytes_ = std::max(panel_bytes_, panel_bytes);
         row_bytes_ = std::max(row_bytes_, row_bytes);
     }
 }
 
-int64_t Product::columns_at_once() const {
+int64_t Product::pack_floats(const Slice & slice) const {
+    return slice.taps * set.lanes * ((slice.length + set.channel_step - 1) / set.channel_step * set.channel_step);
+}
+
+void Product::plan_columns() {
+    int64_t deepest = 0; // bytes of a column of panels
+    for (const Chunk & chunk : chunks_) {
+        int64_t bytes = 0;
+        for (const Slice & slice : chunk) {
+            bytes += set.panel_bytes(slice.taps, slice.length) * (gated() ? 2 : 1);
+        }
+        deepest = std::max(deepest, bytes);
+    }
     const int64_t panels = (columns_ + set.panel - 1) / set.panel;
-    const int64_t most = std::max<int64_t>(columns_at_most / (gated() ? 2 : 1) / set.panel, 1);
+    const int64_t most = std::clamp<int64_t>(weights_at_once / deepest, 1, columns_at_most / set.panel);
     int64_t       blocks = (panels + most - 1) / most;
     if (rows_ < 2 * rows_at_least) { // then threads share columns
         blocks = std::min(panels, std::max<int64_t>(blocks, 2 * pool.threads()));
     }
-    return (panels + blocks - 1) / blocks * set.panel;
+    columns_at_once_ = (panels + blocks - 1) / blocks * set.panel;
 }
 
 // Rows [row, row + rows) of a weight, at most as many as a vector has lanes, become columns of a panel.
@@ -153,7 +168,7 @@ void Product::pack_columns(const Slice & slice, const Piece & piece, char * pane
     const int64_t bytes = set.panel_bytes(slice.taps, slice.length);
     const int64_t halves = gated() ? 2 : 1;
     auto *        floats = reinterpret_cast<float *>(scratch);
-    float *       own = floats + slice.taps * (static_cast<int64_t>(slice.length) + 1) * set.lanes;
+    float *       own = floats + pack_floats(slice);
     for (int64_t column = piece.first_column; column < piece.end_column; column += set.panel) {
         for (int64_t half = 0; half < halves; ++half, panels += bytes) {
             for (int64_t at = 0; at < set.panel; at += set.lanes) {
@@ -203,7 +218,7 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
             Operand & operand = block.operands[block.count++];
             operand = {rows_of(parts_.terms[slice.term]), static_cast<int>(slice.first), slice.length, to};
             operand.rows.x = parts_.terms[slice.term].x->data;
-            to += aligned(set.panel_bytes(slice.taps, slice.length) * (columns_at_once() / set.panel) * (gated() ? 2 : 1));
+            to += aligned(set.panel_bytes(slice.taps, slice.length) * (columns_at_once_ / set.panel) * (gated() ? 2 : 1));
         }
         block.first = i == 0;
         block.last = i + 1 == chunks_.size();
@@ -212,11 +227,11 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
 }
 
 void Product::run(ggml_tensor * out) {
-    const int64_t columns = columns_at_once(), across = (columns_ + columns - 1) / columns;
+    const int64_t columns = columns_at_once_, across = (columns_ + columns - 1) / columns;
     const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
     const int64_t most = std::max<int64_t>(rows_ / rows_at_least, 1);
     const bool    quantised = !is_element(parts_.terms.front().weight->type);
-    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : rows_at_most) : 1;
+    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : sums_at_once / (4 * columns)) : 1;
     const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
     pool.run(across * down, flops(), [&](int64_t number, int thread) {
         const int64_t row = number / across, column = number % across;

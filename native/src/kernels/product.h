@@ -55,7 +55,8 @@ class Product final : public Operation {
 
     Rows    rows_of(const ProductTerm & term) const;
     void    plan_chunks();
-    int64_t columns_at_once() const;
+    void    plan_columns();
+    int64_t pack_floats(const Slice & slice) const;
     void    pack(const Slice & slice, int64_t row, int64_t rows, char * to, int column, float * floats, float * scratch) const;
     void    pack_columns(const Slice & slice, const Piece & piece, char * panels, char * scratch) const;
     bool    gated() const { return parts_.activation == Activation::geglu; }
@@ -64,6 +65,7 @@ class Product final : public Operation {
     ProductParts           parts_;
     std::array<int64_t, 4> ne_{};      // of the result
     int64_t                columns_;   // of the result
+    int64_t                columns_at_once_ = 0; // whole panels
     int64_t                rows_ = 0;  // of the result
     std::vector<Chunk>     chunks_;
     std::vector<float>     zeros_;

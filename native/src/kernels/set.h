@@ -23,7 +23,7 @@ struct Rows {
     int           seen_width, seen_height; // x is enlarged to this, nearest; else the same
     int           out_width, out_height;
     int           taps_w = 1, taps_h = 1, stride = 1, pad = 0;
-    const void *  zeros;             // what lies outside of x
+    const void *  zeros;             // as many as there are channels: what lies outside of x
 };
 
 constexpr int max_taps = 64;
@@ -74,7 +74,7 @@ struct Pack {
     int          taps, length;
     void *       to;      // the panel
     int          column;  // where in it
-    float *      scratch; // taps * (length + 1) * lanes floats
+    float *      scratch; // taps * lanes floats for each of `length` channels, filled up to whole channel_steps
 };
 
 // softmax(q k^T scale + mask) v of one head of one picture.
@@ -94,6 +94,7 @@ struct Head {
 struct KernelSet {
     const char * name;
     int          lanes, panel; // floats in a vector, columns in a panel
+    int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
 
     int64_t (*panel_bytes)(int taps, int length); // of one panel

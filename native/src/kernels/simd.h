@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -52,65 +53,108 @@ SD_INLINE void store_some(float * to, Vec v, int n) {
     std::memcpy(to, whole, sizeof(float) * static_cast<size_t>(n));
 }
 
-SD_INLINE float sum_of(Vec v) {
-    alignas(64) float all[lanes];
-    store(all, v);
-    for (int n = lanes / 2; n > 0; n /= 2) {
-        for (int i = 0; i < n; ++i) {
-            all[i] += all[i + n];
-        }
+// Each lane and the one whose number differs in the bit `n`.
+template <int n> SD_INLINE Vec swapped(Vec v) {
+#if defined(__clang__)
+    Vec out;
+    for (int i = 0; i < lanes; ++i) {
+        out[i] = v[i ^ n];
     }
-    return all[0];
+    return out;
+#else
+    IVec order;
+    for (int i = 0; i < lanes; ++i) {
+        order[i] = i ^ n;
+    }
+    return __builtin_shuffle(v, order);
+#endif
 }
-SD_INLINE float largest_of(Vec v) {
-    alignas(64) float all[lanes];
-    store(all, v);
-    float most = all[0];
-    for (int i = 1; i < lanes; ++i) {
-        most = all[i] > most ? all[i] : most;
+
+// In every lane.
+template <int n = lanes / 2> SD_INLINE Vec sum_of(Vec v) {
+    if constexpr (n > 0) {
+        return sum_of<n / 2>(v + swapped<n>(v));
     }
-    return most;
+    return v;
+}
+template <int n = lanes / 2> SD_INLINE Vec largest_of(Vec v) {
+    if constexpr (n > 0) {
+        return largest_of<n / 2>(larger(v, swapped<n>(v)));
+    }
+    return v;
 }
 
 // ---- elementary functions -------------------------------------------------------------------------------
+// In sets whose products round to bf16 (2^-9) they are rough: 1e-4.
 
-// e^x: with x = n ln 2 + r, Taylor's polynomial of degree 6 in r, times 2^n. At |r| <= ln 2 / 2 its error is 1.2e-7, a
-// unit of the last place. Below e^-87 the result is that of -87.
-SD_INLINE Vec exp_of(Vec x) {
-    x = larger(smaller(x, splat(88.0f)), splat(-87.0f));
-    const Vec  magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to a whole number
-    const Vec  shifted = x * 1.44269504f + magic;
-    const Vec  n = shifted - magic;
-    const Vec  r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec        p = splat(1.0f / 720);
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return floats(bits(p) + ((bits(shifted) - bits(magic)) << 23));
+// 1 / x of x from 1 to 2^126.
+SD_INLINE Vec inverse_of(Vec x) {
+#if defined(__AVX512F__)
+    const Vec guess = (Vec) _mm512_rcp14_ps((__m512) x); // to 2^-14, which one of Newton's steps doubles
+#if defined(SD_BF16)
+    return guess;
+#else
+    return guess * (2.0f - x * guess);
+#endif
+#else
+    return 1.0f / x;
+#endif
 }
 
-SD_INLINE Vec sigmoid_of(Vec x) { return 1.0f / (1.0f + exp_of(-x)); }
+// 2^x for x <= 126, and 0 or 2^-126 where that is less: with x = n + r, |r| <= 1/2, 2^n times the polynomial of least
+// relative error in r (Remez): 1e-7, and 7.5e-5 where rough.
+SD_INLINE Vec exp2_of(Vec x) {
+#if defined(__AVX512F__)
+    const Vec n = (Vec) _mm512_roundscale_ps((__m512) x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    x = larger(x, splat(-126.0f));
+    const Vec magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to a whole number
+    const Vec shifted = x + magic;
+    const Vec n = shifted - magic;
+#endif
+    const Vec r = x - n;
+#if defined(SD_BF16)
+    Vec p = r * 0.0551716685f + 0.242611125f;
+    p = p * r + 0.693260968f;
+    p = p * r + 0.999928057f;
+#else
+    Vec p = r * 1.53458124e-4f + 1.33999309e-3f;
+    p = p * r + 9.61848907e-3f;
+    p = p * r + 0.0555032864f;
+    p = p * r + 0.240226462f;
+    p = p * r + 0.693147182f;
+    p = p * r + 1.0f;
+#endif
+#if defined(__AVX512F__)
+    return (Vec) _mm512_scalef_ps((__m512) p, (__m512) n);
+#else
+    return floats(bits(p) + ((bits(shifted) - bits(magic)) << 23));
+#endif
+}
+
+constexpr float log2_of_e = 1.44269504f;
+
+// 1 / (1 + e^(-x a))
+SD_INLINE Vec sigmoid_of(Vec x, float a = 1.0f) {
+    return inverse_of(1.0f + exp2_of(smaller(x * (-a * log2_of_e), splat(126.0f))));
+}
 SD_INLINE Vec silu_of(Vec x) { return x * sigmoid_of(x); }
-SD_INLINE Vec quick_gelu_of(Vec x) { return x * sigmoid_of(1.702f * x); }
+SD_INLINE Vec quick_gelu_of(Vec x) { return x * sigmoid_of(x, 1.702f); }
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), Hendrycks and Gimpel 2016; (1 + tanh a) / 2 is sigmoid(2 a).
-SD_INLINE Vec gelu_tanh_of(Vec x) { return x * sigmoid_of(1.5957691216f * (x + 0.044715f * x * x * x)); }
+SD_INLINE Vec gelu_tanh_of(Vec x) { return x * sigmoid_of(x + 0.044715f * x * x * x, 1.5957691216f); }
 
 // x / 2 (1 + erf(x / sqrt 2)) with erf by Abramowitz and Stegun 7.1.26, whose error is below 1.5e-7.
 SD_INLINE Vec gelu_of(Vec x) {
-    const Vec z = x * 0.70710678f;
-    const Vec a = z < 0.0f ? -z : z;
-    const Vec t = 1.0f / (1.0f + 0.3275911f * a);
-    Vec       p = splat(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    const Vec tail = p * t * exp_of(-a * a); // 1 - erf(a)
-    return x * 0.5f * (z < 0.0f ? tail : 2.0f - tail);
+    const Vec a = x < 0.0f ? -x : x;
+    const Vec t = inverse_of(1.0f + 0.23164190f * a); // 0.3275911 / sqrt 2
+    Vec       p = splat(0.5f * 1.061405429f);
+    p = p * t - 0.5f * 1.453152027f;
+    p = p * t + 0.5f * 1.421413741f;
+    p = p * t - 0.5f * 0.284496736f;
+    p = p * t + 0.5f * 0.254829592f;
+    const Vec tail = x * (p * t * exp2_of(x * x * (-0.5f * log2_of_e))); // x / 2 (1 - erf(|x| / sqrt 2))
+    return x < 0.0f ? tail : x - tail;
 }
 
 // ---- half-precision weights ------------------------------------------------------------------------------
@@ -145,6 +189,40 @@ SD_INLINE Vec load_bf16(const uint16_t * from) {
     std::memcpy(&half, from, sizeof half);
     return (Vec) (__builtin_convertvector(half, UVec) << 16);
 }
+
+#ifdef SD_BF16
+// Rounded to the nearest, ties to even; the upper half of each float is the result. NaN stays one.
+SD_INLINE UVec round_bf16(Vec v) {
+    const UVec raw = (UVec) v;
+    const UVec rounded = raw + 0x7fffu + ((raw >> 16) & 1u);
+    return v == v ? rounded : raw | 0x10000u;
+}
+
+SD_INLINE void store_pair(uint32_t * to, Vec low, Vec high) {
+    const UVec both = (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u);
+    std::memcpy(to, &both, sizeof both);
+}
+
+SD_INLINE void store_bf16_upto(uint16_t * to, Vec v, int n) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512) v);
+    if (n >= lanes) {
+        std::memcpy(to, &half, sizeof half);
+    } else {
+        std::memcpy(to, &half, 2 * static_cast<size_t>(n));
+    }
+}
+
+// n floats, and a zero behind them where n is odd.
+SD_INLINE void round_row(const float * from, uint16_t * to, int n) {
+    int i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        store_bf16_upto(to + i, load(from + i), lanes);
+    }
+    if (i < n) {
+        store_bf16_upto(to + i, load_some(from + i, n - i), (n - i + 1) & ~1);
+    }
+}
+#endif
 
 // ---- transposing -----------------------------------------------------------------------------------------
 

@@ -31,6 +31,14 @@ void Solver::add_noise(double amount) {
     }
 }
 
+double Solver::sigma_at_share(double sigma, double share) const {
+    if (!run_.trained) {
+        fail(Status::internal, "the sampler counts in timesteps, and the run has no schedule");
+    }
+    constexpr double rounding = 1e-3; // of a whole timestep by way of its sigma in float
+    return sigma > 0 ? run_.trained->sigma(std::floor(share * run_.trained->timestep(sigma) + rounding)) : 0;
+}
+
 void Solver::finish(size_t step, const Floats & denoised) const {
     if (run_.on_step) {
         run_.on_step(static_cast<int>(step) + 1, static_cast<int>(steps()), denoised);
@@ -65,6 +73,7 @@ const Sampler samplers[] = {
     {"dpm++2m_sde", dpmpp_2m, 1, true},
     {"ddim",        euler,    0, true},
     {"lcm",         lcm,      0, false},
+    {"tcd",         tcd,      0.3f, true},
     {"unipc",       unipc,    0, false},
 };
 

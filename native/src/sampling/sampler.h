@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sampling/rng.h"
+#include "sampling/schedule.h"
 
 #include <functional>
 #include <memory>
@@ -25,6 +26,7 @@ struct SamplerRun {
     float                               eta  = -1;      // share of fresh noise; negative: the sampler's own
     Denoiser                            denoise;
     StepCallback                        on_step; // may be empty
+    const NoiseSchedule *               trained = nullptr; // of the model, for samplers that count in its timesteps
 };
 
 // Advances `x`, rngs->size() images of equal size one after another, from sigmas.front() to the last.

@@ -21,17 +21,28 @@ const std::vector<float> & align_your_steps_sdxl() {
     return levels;
 }
 
-NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned) {
+NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned, bool zero_snr) {
     constexpr int    timesteps = 1000;
     constexpr double first = 0.00085, last = 0.012;
 
     NoiseSchedule schedule;
     schedule.aligned_ = aligned;
-    double alpha_bar  = 1;
+    std::vector<double> kept; // sqrt(alpha_bar): the share of the clean latent
+    double              alpha_bar = 1;
     for (int t = 0; t < timesteps; ++t) {
         const double root = std::sqrt(first) + (std::sqrt(last) - std::sqrt(first)) * t / (timesteps - 1);
         alpha_bar *= 1 - root * root;
-        const double sigma = std::sqrt((1 - alpha_bar) / alpha_bar);
+        kept.push_back(std::sqrt(alpha_bar));
+    }
+    if (zero_snr) {
+        const double begin = kept.front(), end = kept.back();
+        for (double & share : kept) {
+            share = (share - end) * begin / (begin - end);
+        }
+        kept.back() = std::ldexp(1.0, -12);
+    }
+    for (const double share : kept) {
+        const double sigma = std::sqrt(1 - share * share) / share;
         schedule.sigmas_.push_back(static_cast<float>(sigma));
         schedule.log_sigmas_.push_back(std::log(sigma));
     }

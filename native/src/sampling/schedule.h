@@ -18,7 +18,10 @@ class NoiseSchedule {
   public:
     // The "scaled linear" betas of Stable Diffusion 1.x, 2.x and XL: 0.00085 to 0.012 in 1,000 steps, linear
     // in sqrt(beta). `aligned` are the family's levels for scheduler "ays"; empty where none are published.
-    static NoiseSchedule scaled_linear(const std::vector<float> & aligned = align_your_steps_sd1());
+    // With `zero_snr` sqrt(alpha_bar) is shifted and scaled so that it begins where it did and ends at 0 (Lin et al.,
+    // 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1). As in diffusers the last
+    // alpha_bar is 2^-24, that is a sigma of 4096, instead of 0.
+    static NoiseSchedule scaled_linear(const std::vector<float> & aligned = align_your_steps_sd1(), bool zero_snr = false);
 
     // A rectified flow, whose 1,000 levels t/1000 are shifted to s t / (1 + (s - 1) t) (Esser et al., 2024, "Scaling
     // Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23).

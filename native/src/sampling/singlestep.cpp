@@ -98,6 +98,23 @@ void dpmpp_2s(Solver & solver) {
     }
 }
 
+// Zheng 2024, "Trajectory Consistency Distillation", algorithm 4, where eta is its gamma: a step of Euler's goes beyond the
+// next level, to a share 1 - eta of its timestep, and fresh noise leads back.
+void tcd(Solver & solver) {
+    constexpr double rounding = 1e-6; // of sigmas, which are floats
+    Floats           denoised = solver.buffer();
+    for (size_t step = 0; step < solver.steps(); ++step) {
+        const double sigma = solver.sigma(step), next = solver.sigma(step + 1);
+        const double share = std::max(0.0, 1 - solver.eta);
+        const double beyond = solver.eta > 0 ? solver.sigma_at_share(next, share) : next;
+        const double down = beyond < (1 - rounding) * next ? beyond : next;
+        solver.denoise(solver.x, sigma, denoised);
+        euler_step(sigma, down, solver.x, denoised, solver.x);
+        solver.add_noise(std::sqrt(next * next - down * down));
+        solver.finish(step, denoised);
+    }
+}
+
 // Luo 2023, "Latent Consistency Models", multistep sampling: denoise, then noise anew. The paper's boundary
 // scaling of the estimate (c_skip, c_out; timesteps times 10) is left out: below 1e-6 above timestep 50.
 void lcm(Solver & solver) {

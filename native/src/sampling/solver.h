@@ -20,6 +20,7 @@ class Solver {
 
     size_t steps() const { return run_.sigmas.size() - 1; }
     double sigma(size_t step) const { return run_.sigmas[step]; } // steps() + 1; only the last may be 0
+    double sigma_at_share(double sigma, double share) const;      // at the share of its timestep, whole; of 0 it is 0
 
     Floats buffer() const { return Floats(x.size()); }
 
@@ -45,6 +46,7 @@ void heun(Solver & solver);
 void dpm2(Solver & solver);
 void dpmpp_2s(Solver & solver);
 void lcm(Solver & solver);
+void tcd(Solver & solver);
 void dpmpp_2m(Solver & solver);
 void unipc(Solver & solver);
 

@@ -1,0 +1,131 @@
+// Products with weights; part of set.inl.
+
+SD_INLINE Vec finished(const Epilogue & e, Vec sum, int64_t row, int column, int n) {
+    const int64_t image = e.scale || e.shift ? row / e.rows_per_image : 0;
+    if (e.bias) {
+        sum += load_upto(e.bias + column, n);
+    }
+    sum = activated(sum, e.activation);
+    if (e.scale) {
+        sum *= load_upto(e.scale + image * e.scale_image + column, n);
+    }
+    if (e.shift) {
+        sum += load_upto(e.shift + image * e.shift_image + column, n);
+    }
+    if (e.residual) {
+        sum += load_upto(e.residual + row * e.residual_row + column, n);
+    }
+    return sum;
+}
+
+// Asks for what a tile will read and write, which arrives while it is multiplied.
+SD_INLINE void expect_tile(const Block & b, int64_t row, int count, int column) {
+    const int64_t size = b.y.bf16 ? 2 : 4, from = b.y_column + column;
+    const int     columns = b.columns - column < panel ? b.columns - column : panel;
+    for (int r = 0; r < count; ++r) {
+        const char * y = static_cast<const char *>(b.y.data) + ((row + r) * b.y_row + from) * size;
+        for (int64_t byte = 0; byte < columns * size; byte += 64) {
+            __builtin_prefetch(y + byte, 1);
+        }
+        if (b.last && b.epilogue->residual) {
+            const float * residual = b.epilogue->residual + (row + r) * b.epilogue->residual_row + column;
+            for (int at = 0; at < columns; at += 16) {
+                __builtin_prefetch(residual + at);
+            }
+        }
+    }
+}
+
+// Some vectors of one panel, all columns of which there are, or not.
+template <bool whole> SD_INLINE void write_tile(const Block & b, const float * total, int64_t row, int count, int column, int some) {
+    for (int r = 0; r < count; ++r) {
+        const int64_t at = (row + r) * b.y_row + b.y_column + column;
+        for (int v = 0; v < some; ++v) {
+            const int n = whole ? lanes : b.columns - column - v * lanes;
+            Vec       sum = load(total + r * panel + v * lanes);
+            if (!b.first) {
+                sum += load_upto(static_cast<const float *>(b.y.data) + at + v * lanes, n);
+            }
+            if (b.last) {
+                sum = finished(*b.epilogue, sum, row + r, column + v * lanes, n);
+            }
+            put(b.y, at + v * lanes, sum, n);
+        }
+    }
+}
+
+template <int R, int V> void product_tile(const Block & b, int64_t row, int count, const RowTile<R> & rows, int number, int column) {
+    alignas(64) float total[R * panel];
+    expect_tile(b, row, count, column);
+    rows.template multiply_with<V>(b, number, total);
+    if (b.columns - column >= V * lanes) {
+        write_tile<true>(b, total, row, count, column, V);
+    } else {
+        write_tile<false>(b, total, row, count, column, V);
+    }
+}
+
+// A panel of values and the panel of their gates: y = (value + bias) gelu(gate + gate bias).
+template <int R> void gated_tile(const Block & b, int64_t row, int count, const RowTile<R> & rows, int number, int column) {
+    alignas(64) float total[2][R * panel];
+    expect_tile(b, row, count, column);
+    for (int half = 0; half < 2; ++half) {
+        rows.template multiply_with<vectors>(b, 2 * number + half, total[half]);
+    }
+    for (int r = 0; r < count; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+            const int at = column + v * lanes, n = b.columns - at;
+            if (n <= 0) {
+                break;
+            }
+            Vec value = load(total[0] + r * panel + v * lanes), gate = load(total[1] + r * panel + v * lanes);
+            if (b.epilogue->bias) {
+                value += load_upto(b.epilogue->bias + at, n);
+                gate += load_upto(b.epilogue->gate_bias + at, n);
+            }
+            put(b.y, (row + r) * b.y_row + b.y_column + at, value * gelu_of(gate), n);
+        }
+    }
+}
+
+// `count` rows, at most R, against all panels.
+template <int R> void row_tile(const Block & b, int64_t row, int count) {
+    const RowTile<R> rows(b, row, count);
+    const bool    gated = b.epilogue->activation == Activation::geglu;
+    for (int column = 0, number = 0; column < b.columns; column += panel, ++number) {
+        const int left = (b.columns - column + lanes - 1) / lanes;
+        if (gated) {
+            gated_tile<R>(b, row, count, rows, number, column);
+        } else if (left >= vectors) {
+            product_tile<R, vectors>(b, row, count, rows, number, column);
+        } else if (left == 1) {
+            product_tile<R, 1>(b, row, count, rows, number, column);
+        } else if constexpr (vectors == 4) { // 2 or 3
+            left == 2 ? product_tile<R, 2>(b, row, count, rows, number, column)
+                      : product_tile<R, 3>(b, row, count, rows, number, column);
+        }
+    }
+}
+
+void product(const Block & b) {
+    const Multiplier multiplier;
+    int64_t          row = b.first_row;
+    for (; row + tile_rows <= b.end_row; row += tile_rows) {
+        row_tile<tile_rows>(b, row, tile_rows);
+    }
+#ifdef SD_AMX
+    const int left = static_cast<int>(b.end_row - row);
+    if (left > tile_rows / 2) {
+        row_tile<tile_rows>(b, row, left);
+    } else if (left > 0) {
+        row_tile<tile_rows / 2>(b, row, left);
+    }
+#else
+    for (; row + 2 <= b.end_row; row += 2) {
+        row_tile<2>(b, row, 2);
+    }
+    if (row < b.end_row) {
+        row_tile<1>(b, row, 1);
+    }
+#endif
+}
