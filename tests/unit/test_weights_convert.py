@@ -93,8 +93,13 @@ def test_quantised_rows_are_what_gguf_makes_and_reads(type: str) -> None:
     kind = gguf.GGMLQuantizationType(TYPES[type].number)
     assert (TYPES[type].block, TYPES[type].block_bytes) == gguf.GGML_QUANT_SIZES[kind]
     np.testing.assert_array_equal(back, dequantize(raw.reshape(values.shape[0], -1), kind))
-    if type in MADE_BY_GGUF:
-        np.testing.assert_array_equal(raw, quantize(values, kind).reshape(-1))
+    try:
+        want = quantize(values, kind).reshape(-1)
+    except NotImplementedError:
+        assert type not in MADE_BY_GGUF
+    else:
+        assert type in MADE_BY_GGUF
+        np.testing.assert_array_equal(raw, want)
 
 
 @pytest.mark.parametrize("type", ["f16", "bf16"])
