@@ -184,7 +184,7 @@ def total(pairs: Iterable[Pair]) -> Pair | None:
 def norm(pair: Pair) -> float:
     """The Frobenius norm of the product, by QR of both factors (float64), which loses nothing to cancellation."""
     if min(pair.up.shape[0], pair.down.shape[1]) <= pair.rank:
-        return float(np.linalg.norm(pair.dense().astype(np.float64)))
+        return math.sqrt(sum(_squares(pair.dense(*run)) for run in _runs(pair.up.shape[0], pair.down.shape[1])))
     _, r_up = np.linalg.qr(pair.up.astype(np.float64))
     _, r_down = np.linalg.qr(pair.down.astype(np.float64).T)
     return abs(pair.weight) * float(np.linalg.norm(r_up @ r_down.T))
@@ -244,7 +244,7 @@ def reduce_dense(delta: Floats, rank: int | None, energy: float | None = None, f
     1e-8 of the largest, as float32 does.
     """
     side = min(delta.shape)
-    norm = math.sqrt(sum(float(np.square(delta[a:b], dtype=np.float64).sum()) for a, b in _runs(*delta.shape)))
+    norm = math.sqrt(sum(_squares(delta[slice(*run)]) for run in _runs(*delta.shape)))
     if side <= _EXACT_SIDE:
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         return _reduced(u, s.astype(np.float64), vt, rank, energy, norm, first)
@@ -370,6 +370,10 @@ def _least(pair: Pair, keep: int) -> np.float32:
         if not is_lower:
             upper, missing = 0xFFFF - at, missing - int(above[at - 1] if at else 0)
     return np.float32(np.array(upper << 16 | 0xFFFF - at, np.uint32).view(np.float32))
+
+
+def _squares(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _runs(rows: int, columns: int) -> Iterator[tuple[int, int]]:

@@ -160,7 +160,7 @@ class Model:
     def _slices(self, names: list[str]) -> Iterator[Slice]:
         components = {f"{name}.": component for component, name in DIFFUSERS[self.family].items()}
         for number, name in enumerate(names):
-            if not self.tensors[number].shape:
+            if not self.tensors[number].shape or not self.tensors[number].elements:
                 continue
             yield from self._open_clip(number, name)
             path, _, leaf = name.rpartition(".")
