@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .context import AnyPath, SDContext
+from . import check
+from .context import SDContext
 from .errors import BadArgument, Cancelled
+from .files import AnyPath
 from .weights.imatrix import write_imatrix
 
 OnProgress = Callable[[int, int, str], Any]
@@ -41,7 +43,7 @@ def calibrate(
         Cancelled: ``on_progress`` said so.
         SdcppError: As ``SDContext`` and ``generate``.
     """
-    if not prompts:
+    if not check.texts("prompts", prompts):
         raise BadArgument("prompts: name at least one picture to paint")
     with SDContext(model, threads=threads) as sd_ctx:
         sd_ctx._native.collect_importance(True)

@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from . import __version__, _native, bench, cli_weights, doctor, files
 from .cli_lora import app as lora_app
-from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
+from .cli_shared import console, one_sentence, print_rows, read_size, set_up_log, steps_bar
 from .context import SDContext
 from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
@@ -110,6 +110,7 @@ def generate(
         tuple[int, int] | None,
         typer.Option(help="Width and height it has now, likewise. [default: those of the picture]", show_default=False),
     ] = None,
+    reference_image: Annotated[Path | None, typer.Option(help="Picture to change, for FLUX.1 Kontext.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
@@ -129,6 +130,10 @@ def generate(
     embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of weights and activations at a time: 8G. [default: what the device has]"),
+    ] = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar, no file names.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
@@ -145,6 +150,8 @@ def generate(
             raise BadArgument(f"{like}: was painted with a mask; give that with --mask")
         if told.control_hash and control_image is None:
             raise BadArgument(f"{like}: was painted with a control image; give that with --control-image")
+        if told.reference_hash and reference_image is None:
+            raise BadArgument(f"{like}: was painted with a reference image; give that with --reference-image")
         if output is not None:
             _check_output(output)
         options = {
@@ -194,6 +201,7 @@ def generate(
                 lora_dir=lora_dir,
                 embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
+                memory_limit=0 if memory_limit is None else read_size("memory-limit", memory_limit),
             ) as sd_ctx,
         ):
             painted = sd_ctx.generate(
@@ -202,6 +210,7 @@ def generate(
                 init_image=init_image,
                 mask=mask,
                 control_image=control_image,
+                reference_image=reference_image,
                 on_step=on_step,
             )
         pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
@@ -229,7 +238,7 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 def _compare(told: Parameters, used: Parameters) -> None:
     encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash")
-    pictures = ("init_image_hash", "mask_hash", "control_hash")
+    pictures = ("init_image_hash", "mask_hash", "control_hash", "reference_hash")
     for field in ("model_hash", "vae_hash", *encoders, *pictures, "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
@@ -240,10 +249,7 @@ def _compare(told: Parameters, used: Parameters) -> None:
 def _check_output(path: Path) -> None:
     """Says before painting what would fail after it."""
     file_format(path)
-    if not path.parent.is_dir():
-        raise Io(f"{path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise Io(f"{path}: is a folder; name a file in it")
+    files.check_target(path)
 
 
 def _names(output: Path | None, pictures: list[PaintedImage]) -> Iterator[Path]:
@@ -268,14 +274,23 @@ def _numbered(first: Path) -> Iterator[Path]:
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
+    vae: Annotated[Path | None, typer.Option(help="Autoencoder beside the model.")] = None,
+    clip_l: Annotated[Path | None, typer.Option(help="Text encoder beside the model.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="The second one of SDXL and SD3, likewise.")] = None,
+    t5xxl: Annotated[Path | None, typer.Option(help="T5 of SD3 and FLUX, likewise.")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of a side, for what a picture takes of memory. [default: the model's own]"),
+    ] = None,
 ) -> None:
-    """Show the parameters of a picture, or what a model file holds."""
+    """Show the parameters of a picture, or what a model file holds and will take of memory."""
     set_up_log(verbose=False)
+    parts = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
     with one_sentence():
         if is_picture(file):
             typer.echo(read_parameters(file))
         else:
-            cli_weights.print_info(file)
+            cli_weights.print_info(file, {role: path for role, path in parts.items() if path is not None}, size)
 
 
 @app.command(name="bench")
@@ -319,7 +334,9 @@ def _cost_table(costs: Sequence[bench.Operation], peak: float | None) -> Table:
         gflops = f"{rate / 1e9:.0f}" if rate else ""
         of_peak = f"{rate / peak:.0%}" if rate and peak else ""
         share = f"{cost.seconds / total:.1%}"
-        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak)
+        table.add_row(
+            cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak
+        )
     return table
 
 

@@ -1,7 +1,9 @@
 """sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract and bake."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,7 @@ from .lora.extract import extract as extract_lora
 from .lora.outline import FAMILIES
 from .lora.rewrite import METHODS, Rewritten
 from .lora.spelling import FORMATS
+from .lora.tools import Options
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -90,20 +93,8 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Write a LoRA in another format, exactly."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = tools.convert(
-            file,
-            output,
-            to=to,
-            type=type,
-            family=family,
-            model=model,
-            skip_unknown=skip_unknown,
-            threads=threads,
-            on_step=on_step,
-        )
-    _tell(result, as_json, quiet)
+    options = Options(type=type, family=family, model=model, skip_unknown=skip_unknown, threads=threads)
+    _write(partial(tools.convert, file, output, to=to, **options), as_json, quiet)
 
 
 @app.command()
@@ -128,25 +119,9 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Write the sum of LoRAs of any formats, kinds and ranks, each times its ratio."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = tools.merge(
-            loras,
-            output,
-            to=to,
-            rank=rank,
-            energy=energy,
-            method=method,
-            density=density,
-            seed=seed,
-            type=type,
-            family=family,
-            model=model,
-            skip_unknown=skip_unknown,
-            threads=threads,
-            on_step=on_step,
-        )
-    _tell(result, as_json, quiet)
+    options = Options(type=type, family=family, model=model, skip_unknown=skip_unknown, threads=threads)
+    merged = partial(tools.merge, loras, output, to=to, rank=rank, energy=energy, **options)
+    _write(partial(merged, method=method, density=density, seed=seed), as_json, quiet)
 
 
 @app.command()
@@ -160,10 +135,7 @@ def scale(
     quiet: Quiet = False,
 ) -> None:
     """Write a LoRA of another strength."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = tools.scale(file, output, ratio, te=te, to=to, on_step=on_step)
-    _tell(result, as_json, quiet)
+    _write(partial(tools.scale, file, output, ratio, te=te, to=to), as_json, quiet)
 
 
 @app.command()
@@ -180,12 +152,8 @@ def resize(
     quiet: Quiet = False,
 ) -> None:
     """Write the nearest LoRA of a lower rank, and tell what is lost."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = tools.resize(
-            file, output, rank=rank, energy=energy, to=to, type=type, model=model, threads=threads, on_step=on_step
-        )
-    _tell(result, as_json, quiet)
+    options = Options(type=type, model=model, threads=threads)
+    _write(partial(tools.resize, file, output, rank=rank, energy=energy, to=to, **options), as_json, quiet)
 
 
 @app.command()
@@ -199,10 +167,7 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Write some modules of a LoRA only."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = tools.prune(file, output, keep=keep or (), drop=drop or (), to=to, on_step=on_step)
-    _tell(result, as_json, quiet)
+    _write(partial(tools.prune, file, output, keep=keep or (), drop=drop or (), to=to), as_json, quiet)
 
 
 @app.command()
@@ -221,12 +186,8 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """Write the LoRA that brings one model as near to another as its rank allows."""
-    set_up_log(verbose=False)
-    with one_sentence(), work_bar(quiet) as on_step:
-        result = extract_lora(
-            tuned, base, output, rank=rank, energy=energy, to=to, type=type, threads=threads, on_step=on_step
-        )
-    _tell(result, as_json, quiet)
+    found = partial(extract_lora, tuned, base, output, rank=rank, energy=energy, to=to, type=type, threads=threads)
+    _write(found, as_json, quiet)
 
 
 @app.command()
@@ -275,6 +236,14 @@ def _tensor_type(rule: str) -> tuple[str, str]:
     if not equals:
         raise BadArgument(f"{rule!r}: write it as 'regex=type'")
     return pattern, type
+
+
+def _write(tool: Callable[..., Rewritten | Extracted], as_json: bool, quiet: bool) -> None:
+    """Runs a tool that writes a LoRA, and tells of the result."""
+    set_up_log(verbose=False)
+    with one_sentence(), work_bar(quiet) as on_step:
+        result = tool(on_step=on_step)
+    _tell(result, as_json, quiet)
 
 
 # ---- what is told ----------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """SDContext: a model in memory. Arguments are checked and completed here; the engine does the rest."""
 
 import contextlib
-import difflib
 import hashlib
 import logging
-import operator
 import os
 import secrets
 import threading
@@ -17,21 +15,22 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native, files
+from . import _native, check, files
 from .embeddings import Embedding, EmbeddingLibrary, Words, resolve
 from .errors import BadArgument, Io
+from .files import AnyPath
 from .image import PaintedImage, Parameters, format_parameters, open_picture, pixels
 from .lora.library import LoraLibrary
 from .lora.report import LoraReport
 from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
-from .prompt import Prompt, Span, parse, parse_negative, shown
+from .prompt import Prompt, Span, parse, parse_negative
+from .sizes import kontext_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("sdcpp_py")
 
-AnyPath = str | os.PathLike[str]
 Pair = tuple[int, int]
 
 
@@ -43,7 +42,6 @@ class Preview(Protocol):
 
 OnStep = Callable[[int, int, Preview], Any]
 
-MOST: Final = 3e38  # of a number with a fraction
 SEEDS: Final = 1 << 64
 
 
@@ -63,7 +61,7 @@ class ModelInfo:
         latent_channels: Of the latent.
         latent_cell: Side of a latent's cell in pixels.
         input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
-        weight_bytes: In memory.
+        weight_bytes: Of all weights, in the form in which they are used.
         n_weights: How many tensors.
         zero_snr: Whether the highest noise level is noise alone.
     """
@@ -82,6 +80,33 @@ class ModelInfo:
     weight_bytes: int
     n_weights: int
     zero_snr: bool
+
+
+@dataclass(frozen=True)
+class NetworkMemory:
+    """What a network takes of the device's memory, in bytes."""
+
+    name: str
+    weights: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a picture takes of the device's memory.
+
+    Attributes:
+        width: Of the picture.
+        height: Likewise.
+        peak: Bytes of weights and activations at a time, at the most. What the process itself takes comes on top:
+            Python and its packages, some 100 MB.
+        networks: In the order in which they run.
+    """
+
+    width: int
+    height: int
+    peak: int
+    networks: list[NetworkMemory]
 
 
 class SDContext:
@@ -117,6 +142,7 @@ class SDContext:
         requantise: bool = False,
         strict_loras: bool = False,
         lora_cache: int = 0,
+        memory_limit: int = 0,
     ) -> None:
         """Opens a model.
 
@@ -148,6 +174,8 @@ class SDContext:
             requantise: A quantised weight that "restore" touches goes back to its type; else it is held in f16.
             strict_loras: A LoRA with any key that fits nothing is an error.
             lora_cache: Bytes of read LoRAs to keep though no prompt names them; 0: 2 GB.
+            memory_limit: Bytes that weights and activations may take on the device at a time; 0: what it has. Where not
+                all has room, text encoders, denoiser and autoencoder come when they are needed and leave in turn.
 
         Raises:
             BadFile: A file is damaged or no model.
@@ -157,38 +185,68 @@ class SDContext:
             OutOfMemory: The model does not fit.
         """
         self._lock = threading.RLock()
-        self._path = files.shipped_model() if model is None else _path("model", model)
+        self._path = files.shipped_model() if model is None else check.path("model", model)
         components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h, "t5xxl": t5xxl}
-        self._components = {role: _path(role, path) for role, path in components.items() if path is not None}
+        self._components = {role: check.path(role, path) for role, path in components.items() if path is not None}
         self._prediction, self._zero_snr = prediction, zero_snr
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
-        self._library = LoraLibrary(None if lora_dir is None else _path("lora_dir", lora_dir))
-        self._embeddings = EmbeddingLibrary(None if embedding_dir is None else _path("embedding_dir", embedding_dir))
+        self._library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
+        self._embeddings = EmbeddingLibrary(
+            None if embedding_dir is None else check.path("embedding_dir", embedding_dir)
+        )
         self._learned: list[Embedding] = []
         self._as_opened = {
-            role: files.state_of(path.resolve()) for role, path in {"model": self._path, **self._components}.items()
+            role: files.state_of(path) for role, path in {"model": self._path, **self._components}.items()
         }
         self._native = _native.Context(
             os.fsencode(self._path),
             components={role: os.fsencode(path) for role, path in self._components.items()},
             data_dir=os.fsencode(files.data_dir()),
-            backend=None if backend is None else _text("backend", backend),
-            threads=0 if threads is None else _whole("threads", threads, 1),
-            precision=_text("precision", precision),
-            prediction=None if prediction is None else _text("prediction", prediction),
-            lora_mode=_text("lora_mode", lora_mode),
-            base_copy=_text("base_copy", base_copy),
-            requantise=bool(requantise),
-            strict_loras=bool(strict_loras),
-            lora_cache=_whole("lora_cache", lora_cache, 0),
-            zero_snr=None if zero_snr is None else bool(zero_snr),
+            backend=None if backend is None else check.text("backend", backend),
+            threads=0 if threads is None else check.whole("threads", threads, 1),
+            precision=check.text("precision", precision),
+            prediction=None if prediction is None else check.text("prediction", prediction),
+            lora_mode=check.text("lora_mode", lora_mode),
+            base_copy=check.text("base_copy", base_copy),
+            requantise=check.flag("requantise", requantise),
+            strict_loras=check.flag("strict_loras", strict_loras),
+            lora_cache=check.whole("lora_cache", lora_cache, 0),
+            zero_snr=None if zero_snr is None else check.flag("zero_snr", zero_snr),
+            memory_limit=check.whole("memory_limit", memory_limit, 0),
         )
 
     @property
     def info(self) -> ModelInfo:
         """What this context holds."""
         return ModelInfo(**self._native.info())
+
+    def estimate_memory(
+        self,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        batch_size: int = 1,
+        cfg_scale: float | None = None,
+        vae_tile: int | None = None,
+    ) -> MemoryEstimate:
+        """What a picture will take of the device's memory, with the LoRAs that act now; no weight is read for it.
+
+        Arguments are those of ``generate``.
+
+        Raises:
+            BadArgument: No such picture can be painted.
+            Busy: Another thread paints.
+        """
+        vae_tile = 0 if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
+        batch_size = check.whole("batch_size", batch_size, 1)
+        with self._lock:
+            width, height = _size(width, height, None, self._native.info())
+            cfg_scale = self._native.defaults()["cfg_scale"] if cfg_scale is None else check.number("cfg_scale", cfg_scale)
+            peak, networks = self._native.estimate_memory(
+                width=width, height=height, batch_size=batch_size, cfg_scale=cfg_scale, vae_tile=vae_tile
+            )
+        return MemoryEstimate(width, height, peak, [NetworkMemory(*network) for network in networks])
 
     def fingerprint(self) -> str:
         """A hash of all weights as they are in memory: 64 hexadecimal digits."""
@@ -201,7 +259,7 @@ class SDContext:
         An embedding that it names counts as many as it has vectors.
         """
         with self._lock:
-            (span,), words = resolve([Span(_text("text", text))], self._embeddings, ())
+            (span,), words = resolve([Span(check.text("text", text))], self._embeddings, ())
             self._learn([words])
             return self._native.count_tokens(span.text or "")
 
@@ -323,6 +381,7 @@ class SDContext:
         negative_original_size: Pair | None = None,
         negative_crop_top_left: Pair | None = None,
         negative_target_size: Pair | None = None,
+        reference_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -337,7 +396,8 @@ class SDContext:
             prompts: Instead of prompt and batch_size: one for each picture of a batch, each with its own LoRAs.
             loras: More LoRAs, for all pictures, on top of those in the prompts; see ``apply_loras``. The same one
                 twice acts with the sum.
-            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else the model's own.
+            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else as reference_image is best
+                looked at, else the model's own.
             height: Likewise.
             steps: How often the denoiser runs, at least 1.
             cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
@@ -365,6 +425,9 @@ class SDContext:
             negative_original_size: The same for the negative prompt; None: as for the prompt.
             negative_crop_top_left: Likewise.
             negative_target_size: Likewise.
+            reference_image: The picture that the prompt says how to change, for FLUX.1 Kontext, which is any model of
+                FLUX.1 dev's structure: nothing in the weights tells the two apart. It is scaled
+                to the trained size of nearest proportions, or less for a smaller picture, see sizes.py.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -381,7 +444,7 @@ class SDContext:
             OutOfMemory: Too big a picture.
         """
         texts = _prompt_texts(prompt, prompts, batch_size)
-        negative_prompt = _text("negative_prompt", negative_prompt)
+        negative_prompt = check.text("negative_prompt", negative_prompt)
         wanted, unwanted = [parse(text) for text in texts], parse_negative(negative_prompt)
         for warning in {warning: None for one in (*wanted, unwanted) for warning in one.warnings}:
             log.warning("%s", warning)
@@ -389,33 +452,37 @@ class SDContext:
             raise BadArgument("mask: says where to repaint init_image, which is missing")
         start = None if init_image is None else open_picture(init_image, "init_image")
         where = None if mask is None else open_picture(mask, "mask")
-        _check_name("sampler", sampler, _native.samplers())
-        _check_name("scheduler", scheduler, _native.schedulers())
-        _check_name("rng", rng, _native.rngs())
-        batch_size = _whole("batch_size", batch_size, 1) if prompts is None else len(texts)
+        check.one_of("sampler", sampler, _native.samplers())
+        check.one_of("scheduler", scheduler, _native.schedulers())
+        check.one_of("rng", rng, _native.rngs())
+        batch_size = check.whole("batch_size", batch_size, 1) if prompts is None else len(texts)
         seed = _seed(seed, batch_size)
         control = None if control_image is None else open_picture(control_image, "control_image")
-        steps = None if steps is None else _whole("steps", steps, 1)
-        cfg_scale = None if cfg_scale is None else _number("cfg_scale", cfg_scale)
-        guidance_rescale = None if guidance_rescale is None else _number("guidance_rescale", guidance_rescale, 0)
-        guidance = None if guidance is None else _number("guidance", guidance, 0)
-        shift = None if shift is None else _number("shift", shift, 0)
-        eta = None if eta is None else _number("eta", eta, 0)
-        strength = None if strength is None else _number("strength", strength)
-        clip_skip = None if clip_skip is None else _whole("clip_skip", clip_skip, 1)
-        vae_tile = None if vae_tile is None else _whole("vae_tile", vae_tile, 1)
+        reference = None if reference_image is None else open_picture(reference_image, "reference_image")
+        steps = None if steps is None else check.whole("steps", steps, 1)
+        cfg_scale = None if cfg_scale is None else check.number("cfg_scale", cfg_scale)
+        guidance_rescale = None if guidance_rescale is None else check.number("guidance_rescale", guidance_rescale, 0)
+        guidance = None if guidance is None else check.number("guidance", guidance, 0)
+        shift = None if shift is None else check.number("shift", shift, 0)
+        eta = None if eta is None else check.number("eta", eta, 0)
+        strength = None if strength is None else check.number("strength", strength)
+        clip_skip = None if clip_skip is None else check.whole("clip_skip", clip_skip, 1)
+        vae_tile = None if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
+        if on_step is not None and not callable(on_step):
+            raise BadArgument(f"on_step: must be a function, not {type(on_step).__name__}")
         told: dict[str, Any] = {
-            "original_size": _pair("original_size", original_size, 1),
-            "crop_top_left": _pair("crop_top_left", crop_top_left, 0),
-            "target_size": _pair("target_size", target_size, 1),
-            "negative_original_size": _pair("negative_original_size", negative_original_size, 1),
-            "negative_crop_top_left": _pair("negative_crop_top_left", negative_crop_top_left, 0),
-            "negative_target_size": _pair("negative_target_size", negative_target_size, 1),
+            "original_size": check.pair("original_size", original_size, 1),
+            "crop_top_left": check.pair("crop_top_left", crop_top_left, 0),
+            "target_size": check.pair("target_size", target_size, 1),
+            "negative_original_size": check.pair("negative_original_size", negative_original_size, 1),
+            "negative_crop_top_left": check.pair("negative_crop_top_left", negative_crop_top_left, 0),
+            "negative_target_size": check.pair("negative_target_size", negative_target_size, 1),
         }
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
-            width, height = _size(width, height, start.size if start else None, info)
+            like = start.size if start else kontext_size(reference.size) if reference else None
+            width, height = _size(width, height, like, info)
             steps = steps or defaults["steps"]
             cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
             if guidance is None and defaults["guidance"] >= 0:
@@ -427,6 +494,10 @@ class SDContext:
             init_pixels = None if start is None else pixels(start, "RGB", (width, height))
             mask_pixels = None if where is None else pixels(where, "L", (width, height))
             control_pixels = None if control is None else pixels(control, "RGB", (width, height))
+            reference_pixels = None
+            if reference is not None:
+                reference_size = kontext_size(reference.size, width * height, info["size_multiple"])
+                reference_pixels = pixels(reference, "RGB", reference_size)
             uses = [
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
@@ -457,6 +528,7 @@ class SDContext:
                 strength=strength,
                 mask=mask_pixels,
                 control_image=control_pixels,
+                reference_image=reference_pixels,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
                 guidance_rescale=guidance_rescale or 0.0,
@@ -482,6 +554,7 @@ class SDContext:
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
             control_hash=_hash(control_pixels),
+            reference_hash=_hash(reference_pixels),
             backend=info["backend"],
             precision=info["precision"],
             **told,
@@ -540,8 +613,8 @@ class SDContext:
             "version": f"sdcpp_py {_native.version()}",
         }
         for role, path in {"model": self._path, **self._components}.items():
-            whole = path.resolve()
-            fields[role] = whole.name if whole.is_dir() else whole.stem
+            whole = files.real_path(path)
+            fields[role] = whole.name if os.path.isdir(whole) else whole.stem
             if files.state_of(whole) == self._as_opened[role]:  # else it is not what paints
                 fields[f"{role}_hash"] = _hash_of_file(whole)
         return fields
@@ -553,53 +626,15 @@ class SDContext:
 def _prompt_texts(prompt: object, prompts: object, batch_size: object) -> list[str]:
     """One prompt for all pictures, or one for each."""
     if prompts is None:
-        return [_text("prompt", prompt)]
+        return [check.text("prompt", prompt)]
     if prompt is not None:
         raise BadArgument("prompt: is given, and prompts as well; one of them says what to paint")
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+    texts = check.texts("prompts", prompts)
+    if not texts:
         raise BadArgument("prompts: must be a list of texts, one for each picture")
-    if batch_size not in (1, len(prompts)):
-        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(prompts)} prompts; leave it out")
-    return [_text("prompts", text) for text in prompts]
-
-
-def _text(argument: str, value: object) -> str:
-    """Text that the engine can take; a lone surrogate, such as an undecodable argument has, becomes "?"."""
-    if not isinstance(value, str):
-        raise BadArgument(f"{argument}: must be text, not {type(value).__name__}")
-    if "\0" in value:
-        raise BadArgument(f"{argument}: has a NUL character at {value.index(chr(0))}; take it out")
-    return value.encode("utf-8", "replace").decode("utf-8")
-
-
-def _path(argument: str, value: object) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
-        raise BadArgument(f"{argument}: must be a path, not {type(value).__name__}")
-    if not path or "\0" in path:
-        raise BadArgument(f"{argument}: {path!r} is no path")
-    return Path(path)
-
-
-def _whole(argument: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
-    """A whole number that C can hold; what else it must be, the engine knows."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None:
-        raise BadArgument(f"{argument} {_brief(value)}: must be a whole number")
-    if not least <= number <= most:
-        raise BadArgument(f"{argument} {_brief(number)}: must be between {least} and {most}")
-    return number
-
-
-def _pair(argument: str, value: object, least: int) -> Pair | None:
-    """Two whole numbers; what else they must be, the engine knows."""
-    if value is None:
-        return None
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
-        raise BadArgument(f"{argument} {_brief(value)}: must be two whole numbers, such as (1024, 1024)")
-    return _whole(argument, value[0], least), _whole(argument, value[1], least)
+    if batch_size not in (1, len(texts)):
+        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(texts)} prompts; leave it out")
+    return texts
 
 
 def _told_sizes(told: Mapping[str, Pair | None], which: str) -> tuple[int, int, int, int, int, int]:
@@ -608,46 +643,13 @@ def _told_sizes(told: Mapping[str, Pair | None], which: str) -> tuple[int, int, 
     return (*original, *(told[f"{which}crop_top_left"] or (-1, -1)), *target)
 
 
-def _number(argument: str, value: object, least: float = -MOST) -> float:
-    """A number that C can hold; what else it must be, the engine knows."""
-    try:
-        number = None if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or not least <= number <= MOST:
-        raise BadArgument(
-            f"{argument} {_brief(value)}: must be a finite number" + (", 0 or more" if least == 0 else "")
-        )
-    return number
-
-
-def _brief(value: object) -> str:
-    """A value as messages show it."""
-    if isinstance(value, str):
-        return shown(value)
-    if not isinstance(value, (int, float)):
-        return f"of type {type(value).__name__}"
-    try:
-        return str(value)
-    except ValueError:  # more digits than Python prints
-        return "of thousands of digits"
-
-
 def _seed(seed: int | None, batch_size: int) -> int:
     if seed is None or (not isinstance(seed, bool) and seed == -1):
         return secrets.randbelow(1 << 32)
-    seed = _whole("seed", seed, 0, SEEDS - 1)
+    seed = check.whole("seed", seed, 0, SEEDS - 1)
     if seed + batch_size > SEEDS:
         raise BadArgument(f"seed {seed}: leaves no seeds for {batch_size} pictures; the last is 2**64 - 1")
     return seed
-
-
-def _check_name(argument: str, name: object, known: Sequence[str]) -> None:
-    if name is None or name in known:
-        return
-    near = difflib.get_close_matches(str(name).lower(), known, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise BadArgument(f"{argument} {_brief(name)} is not known; {hint}there are: {', '.join(known)}")
 
 
 def _size(
@@ -655,8 +657,8 @@ def _size(
 ) -> tuple[int, int]:
     multiple, native = info["size_multiple"], info["native_size"]
     usual = tuple(_nearest(side, multiple) for side in start) if start else (native, native)
-    width = usual[0] if width is None else _whole("width", width, 1)
-    height = usual[1] if height is None else _whole("height", height, 1)
+    width = usual[0] if width is None else check.whole("width", width, 1)
+    height = usual[1] if height is None else check.whole("height", height, 1)
     return width, height
 
 

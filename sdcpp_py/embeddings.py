@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from .errors import BadArgument, BadFile, Io, SdcppError, from_os_error
+from .files import AnyPath
 from .prompt import Span, shown
 from .weights.source import open_source
 from .weights.tensor import Floats, Tensor
 
 log = logging.getLogger("sdcpp_py")
-
-AnyPath = str | os.PathLike[str]
 
 ENDINGS: Final = (".safetensors", ".pt", ".bin")
 MOST_FILES: Final = 20_000  # in a folder and below it
@@ -100,7 +99,7 @@ def bundled_embeddings(path: Path) -> list[Embedding]:
         Io: The file cannot be read.
     """
     found: dict[str, dict[str, Floats]] = {}
-    if path.is_dir():
+    if os.path.isdir(path):
         return []
     with open_source(path) as source:
         for tensor in source.tensors:
@@ -129,7 +128,7 @@ class EmbeddingLibrary:
         self.folder = None if folder is None else Path(folder)
         self._read: dict[Path, tuple[tuple[int, int], Embedding, Embedding]] = {}
         self._bundled: dict[Path, tuple[tuple[int, int], list[Embedding]]] = {}
-        if self.folder is not None and not self.folder.is_dir():
+        if self.folder is not None and not os.path.isdir(self.folder):
             raise Io(f"{folder}: is no folder; embedding_dir is the folder that embeddings lie in")
 
     def names(self) -> list[str]:

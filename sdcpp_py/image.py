@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from . import check
 from .errors import BadArgument, BadFile, from_os_error
+from .files import AnyPath, check_regular, whole_file
 
 # Our names and webui's.
 SAMPLERS: Final = {
@@ -96,6 +97,7 @@ class Parameters:
     init_image_hash: str | None = None
     mask_hash: str | None = None
     control_hash: str | None = None
+    reference_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -162,6 +164,7 @@ _FIELDS: Final = (
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
     ("Control image hash", "control_hash", str),
+    ("Reference image hash", "reference_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),
@@ -302,7 +305,7 @@ class PaintedImage(Image.Image):
 
     def save(
         self,
-        fp: str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes],
+        fp: AnyPath | bytes | os.PathLike[bytes] | IO[bytes],
         format: str | None = None,
         **params: Any,
     ) -> None:
@@ -315,7 +318,7 @@ class PaintedImage(Image.Image):
         if not isinstance(fp, (str, bytes, os.PathLike)):
             super().save(fp, format, **self._with_parameters(format, params))
             return
-        path = Path(os.fsdecode(fp))
+        path = check.path("file", os.fsdecode(fp))
         format = format or file_format(path)
         try:
             if path.exists() and not path.is_file():  # a device or a pipe
@@ -347,32 +350,23 @@ def file_format(path: Path) -> str:
     return format
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name only once it is complete: written beside and renamed."""
-    beside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with beside.open("xb") as stream:
-            yield stream
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
-
-
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as pictures do; it may still be damaged."""
+    """Whether a file begins as pictures do; it may still be damaged.
+
+    Raises:
+        Io: It cannot be read.
+    """
+    if os.path.isdir(path):
+        return False
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return file.read(4).startswith((b"\x89PNG", b"\xff\xd8", b"RIFF"))
-    except IsADirectoryError:
-        return False
     except OSError as error:
         raise from_os_error(path, error) from error
 
 
-def read_parameters(path: str | os.PathLike[str]) -> str:
+def read_parameters(path: AnyPath) -> str:
     """The text of a picture's "parameters" chunk.
 
     Raises:
@@ -386,6 +380,7 @@ def read_parameters(path: str | os.PathLike[str]) -> str:
 
 
 def _open_picture(path: Path) -> Image.Image:
+    check_regular(path)
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -401,18 +396,26 @@ def _open_picture(path: Path) -> Image.Image:
 
 
 def open_picture(source: object, argument: str) -> Image.Image:
-    """A picture from a path, a Pillow picture, or an array of bytes; `argument` is what messages call it."""
+    """A picture from a path, a Pillow picture, or an array of bytes; `argument` is what messages call it.
+
+    Raises:
+        BadArgument: It is none of these, or has no pixels.
+        BadFile: It is damaged, or no picture.
+        Io: The file cannot be read.
+    """
     if isinstance(source, (str, os.PathLike)):
-        return ImageOps.exif_transpose(_open_picture(Path(source)))
+        return ImageOps.exif_transpose(_open_picture(check.path(argument, source)))
     if isinstance(source, Image.Image):
         try:
             source.load()
         except (OSError, SyntaxError, ValueError) as error:
             raise BadFile(f"{argument}: is damaged ({error})") from error
+        if 0 in source.size:
+            raise BadArgument(f"{argument}: is {source.width} x {source.height}, which has no pixels")
         return source
     if not isinstance(source, np.ndarray):
         raise BadArgument(f"{argument}: must be a path, a picture or an array, not {type(source).__name__}")
-    if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+    if not source.size or source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:
         raise BadArgument(
             f"{argument}: an array must be uint8 with shape (height, width, 3), "
             f"not {source.dtype} with shape {source.shape}"
@@ -424,11 +427,28 @@ def pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> NDArray[np
     """A picture as the engine takes it, scaled to a width and a height.
 
     The array is (height, width, 3) for mode "RGB", transparent parts white, and (height, width) for mode "L".
+
+    Raises:
+        BadArgument: The picture is of a mode that Pillow cannot convert.
     """
-    if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert(mode)
+    try:
+        picture = _eight_bits(picture)
+        if mode == "RGB" and (picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info):
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert(mode)
+    except ValueError as error:
+        raise BadArgument(f"a picture of Pillow's mode {picture.mode} cannot be read; convert it to RGB") from error
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BOX)
     return np.ascontiguousarray(picture)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits, as maps of depths are, scaled to 8; Pillow itself would cut them off at 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture)
+    if picture.mode == "I" and values.max() <= 255:  # whole numbers that are no wider than bytes
+        return picture
+    return Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))

@@ -83,7 +83,8 @@ def parse_negative(text: str) -> Prompt:
     """Reads a negative prompt. LoRAs have no effect there: their tags are taken out, with a warning."""
     prompt = parse(text)
     dropped = tuple(
-        f"negative prompt: the LoRA {tag.name!r} is left out; name it in the prompt instead" for tag in prompt.loras
+        f"negative prompt: the LoRA {shown(tag.name)} is left out; name it in the prompt instead"
+        for tag in prompt.loras
     )
     return Prompt(prompt.spans, (), prompt.warnings + dropped)
 
@@ -253,7 +254,7 @@ def _lora_tag(tag: str, inside: str, warnings: list[str]) -> LoraTag:
             other.append(argument)
     if len(positional) > 2:  # the third is webui's dynamic rank
         other.extend(f"{number:g}" for number in positional[2:])
-    warnings.extend(f"prompt: {argument!r} in {shown(tag)} has no effect" for argument in other)
+    warnings.extend(f"prompt: {shown(argument)} in {shown(tag)} has no effect" for argument in other)
     te = named.get("te", positional[0] if positional else 1.0)
     unet = named.get("unet", positional[1] if len(positional) > 1 else positional[0] if positional else te)
     warnings.extend(
@@ -268,7 +269,9 @@ def _lora_tag(tag: str, inside: str, warnings: list[str]) -> LoraTag:
 def _number(tag: str, text: str) -> float:
     number = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
     if not abs(number) <= MOST:
-        raise BadArgument(f"prompt: {text!r} in {shown(tag)} must be a number such as 0.8, from -{MOST:g} to {MOST:g}")
+        raise BadArgument(
+            f"prompt: {shown(text)} in {shown(tag)} must be a number such as 0.8, from -{MOST:g} to {MOST:g}"
+        )
     return number
 
 
@@ -277,7 +280,7 @@ def _step(tag: str, text: str) -> int | float:
     if re.fullmatch(r"\s*(0?\.[0-9]{1,9}|[01]\.0*)\s*", text):
         return float(text)
     if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text):
-        raise BadArgument(f"prompt: {text!r} in {shown(tag)} must be a step such as 5, or a share such as 0.25")
+        raise BadArgument(f"prompt: {shown(text)} in {shown(tag)} must be a step such as 5, or a share such as 0.25")
     return int(text)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .context import AnyPath, SDContext
+from . import check
+from .context import SDContext
 from .errors import BadArgument, Cancelled
+from .files import AnyPath
 from .weights import Tensor, open_source
 from .weights.names import single_file_names
 from .weights.writing import PIECE
@@ -135,6 +137,7 @@ def compare(
         Cancelled: ``on_progress`` said so.
         SdcppError: As ``open_source`` and ``SDContext``.
     """
+    asked = check.texts("prompts", prompts)
     with open_source(source) as opened, open_source(converted) as other:
         before, after = (
             {tensor.name: tensor for tensor in (single_file_names(one, {}) if one.path.is_dir() else one).tensors}
@@ -145,7 +148,7 @@ def compare(
             raise BadArgument(f"{converted}: has no tensor in common with {source}; is it made from that?")
         tell = _Teller(sum(before[name].elements for name in both), on_progress)
         errors = [_tensor_error(before[name], after[name], tell) for name in both]
-    pictures = _paint(source, converted, list(prompts), seed, steps, threads, on_progress) if prompts else []
+    pictures = _paint(source, converted, asked, seed, steps, threads, on_progress) if asked else []
     return Quality(
         sorted(errors, key=lambda error: -error.relative_rmse),
         pictures,

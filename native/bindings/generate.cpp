@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <tuple>
 
 namespace binding {
 
@@ -144,7 +145,8 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
                float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
                const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
                const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image,
-               float guidance_rescale, const ToldSizes & sizes, const ToldSizes & negative_sizes) {
+               const std::optional<Bytes> & reference_image, float guidance_rescale, const ToldSizes & sizes,
+               const ToldSizes & negative_sizes) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
     const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
@@ -175,6 +177,12 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.strength = strength;
     request.mask = pixels(mask, "mask", width, height, 1);
     request.control_image = pixels(control_image, "control_image", width, height, 3);
+    if (reference_image && reference_image->ndim() == 3) { // of any size
+        request.reference_height = static_cast<int>(reference_image->shape(0));
+        request.reference_width = static_cast<int>(reference_image->shape(1));
+    }
+    request.reference_image =
+        pixels(reference_image, "reference_image", request.reference_width, request.reference_height, 3);
     request.vae_tile = vae_tile;
     request.on_step = on_step.is_none() ? nullptr : Run::step;
     request.keep_going = Run::keep_going;
@@ -189,16 +197,41 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     return rgb;
 }
 
+// The most at a time, and of each network its name and the bytes of weights and of activations.
+py::tuple estimate_memory(const Context & context, int width, int height, int batch_size, float cfg_scale, int vae_tile) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    const Prompts empty({{}}, "prompt", {});
+    sd_request request = sd_default_request(ctx.get());
+    request.prompts = request.negative_prompts = empty.data();
+    request.n_prompts = request.n_negative_prompts = 1;
+    request.width = width;
+    request.height = height;
+    request.batch_size = batch_size;
+    request.cfg_scale = cfg_scale;
+    request.vae_tile = vae_tile;
+    size_t peak = 0;
+    std::vector<std::tuple<std::string, size_t, size_t>> networks;
+    const auto add = [](const sd_network_memory * memory, void * user) {
+        static_cast<decltype(networks) *>(user)->emplace_back(memory->network, memory->weights, memory->activations);
+        return true;
+    };
+    check(released([&] { return sd_estimate_memory(ctx.get(), &request, &peak, add, &networks); }));
+    return py::make_tuple(peak, networks);
+}
+
 } // namespace
 
 void bind_generate(py::module_ & m, ContextClass & context) {
     py::class_<Preview, std::shared_ptr<Preview>>(m, "Preview")
         .def("__call__", &Preview::operator(), "image"_a = 0);
 
+    context.def("estimate_memory", estimate_memory, py::kw_only(), "width"_a, "height"_a, "batch_size"_a, "cfg_scale"_a,
+                "vae_tile"_a);
     context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
                 "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none(),
+                "reference_image"_a = py::none(),
                 "guidance_rescale"_a = 0.0F, "sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0},
                 "negative_sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0});
 }

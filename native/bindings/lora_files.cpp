@@ -55,7 +55,7 @@ class LoraFile {
                 "stem"_a = text(stem.stem), "format"_a = text(stem.format), "weight"_a = stem.weight,
                 "bias"_a = stem.bias, "first_row"_a = stem.first_row, "rows"_a = stem.rows, "out"_a = stem.out,
                 "columns"_a = stem.columns, "kernel"_a = py::make_tuple(stem.kh, stem.kw), "absent"_a = stem.absent,
-                "type"_a = text(stem.type), "elements"_a = stem.elements, "bytes"_a = stem.bytes));
+                "type"_a = text(stem.type)));
         }
         return out;
     }

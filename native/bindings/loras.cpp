@@ -56,14 +56,15 @@ py::list lora_reports(const Context & context) {
 py::str inspect_lora(const Context & context, const std::string & path) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const char * json = nullptr;
-    check(sd_inspect_lora(ctx.get(), c_text(path, "path"), &json));
+    const char * file = c_text(path, "path");
+    check(released([&] { return sd_inspect_lora(ctx.get(), file, &json); }));
     return text(json);
 }
 
 double lora_drift(const Context & context) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     double drift = 0;
-    check(sd_lora_drift(ctx.get(), &drift));
+    check(released([&] { return sd_lora_drift(ctx.get(), &drift); }));
     return drift;
 }
 

@@ -159,7 +159,7 @@ Floats probe_sigmas(const std::string & scheduler, int steps, bool zero_snr) {
 
 // `x` holds one image per row of its first dimension; `denoise` gets an array of that shape.
 Floats probe_sample(const std::string & sampler, const Floats & sigmas, const py::function & denoise,
-                    const Floats & x, const std::string & rng, uint64_t seed, int64_t skip, float eta) {
+                    const Floats & x, const std::string & rng, uint64_t seed, int64_t skip, float eta, bool flow) {
     struct Call {
         const py::function & denoise;
         Sizes shape;
@@ -187,7 +187,7 @@ Floats probe_sample(const std::string & sampler, const Floats & sigmas, const py
     const int images = static_cast<int>(call.shape[0]);
     const sd_status status = released([&] {
         return sd_probe_sample(sampler_text, sigmas.data(), static_cast<int>(sigmas.size()), rng_text, seed,
-                               skip, eta, data, out.size(), images, denoiser, &call);
+                               skip, eta, flow, data, out.size(), images, denoiser, &call);
     });
     call.raised.rethrow();
     check(status);
@@ -236,7 +236,7 @@ void bind_probe(py::module_ & m) {
     m.def("probe_noise", probe_noise, "rng"_a, "seed"_a, "n"_a);
     m.def("probe_sigmas", probe_sigmas, "scheduler"_a, "steps"_a, "zero_snr"_a = false);
     m.def("probe_sample", probe_sample, "sampler"_a, "sigmas"_a, "denoise"_a, "x"_a, py::kw_only(),
-          "rng"_a = "cpu", "seed"_a = 0, "skip"_a = 0, "eta"_a = -1.0f);
+          "rng"_a = "cpu", "seed"_a = 0, "skip"_a = 0, "eta"_a = -1.0f, "flow"_a = false);
     m.def("probe_checkpoint", probe_checkpoint, "path"_a, "data"_a = true);
 }
 

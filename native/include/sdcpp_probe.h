@@ -92,9 +92,9 @@ SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_sn
 typedef bool (*sd_probe_denoiser)(const float * x, float sigma, float * denoised, int64_t n, void * user);
 
 // Runs a sampler alone over `images` images one after another in `x`: [n]. Image k draws from seed + k,
-// after `skip` normal numbers of the same stream.
+// after `skip` normal numbers of the same stream. `flow`: of a rectified flow.
 SD_API sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng,
-                                 uint64_t seed, int64_t skip, float eta, float * x, int64_t n, int images,
+                                 uint64_t seed, int64_t skip, float eta, bool flow, float * x, int64_t n, int images,
                                  sd_probe_denoiser denoise, void * user);
 
 // The tensors of a checkpoint as stored, without opening a model: calls `each` once per tensor.
@@ -137,7 +137,6 @@ typedef struct sd_lora_stem {
     int          kh, kw;        // 0: no kernel, or one that lies unfolded in the columns
     bool         absent;        // the outline lacks its whole component
     const char * type;          // of the largest tensor
-    int64_t      elements, bytes;
 } sd_lora_stem;
 SD_API bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem * stem);
 

@@ -11,6 +11,8 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <set>
+#include <utility>
 
 namespace sd {
 
@@ -37,6 +39,7 @@ class Claim {
         }
     }
     ~Claim() {
+        context_.runner_.release(); // between calls there are weights in memory, and no activations
         context_.device_.set_keep_going({});
         context_.busy_ = false;
     }
@@ -56,6 +59,7 @@ constexpr int     max_batch = 1024;
 constexpr int     auto_tile = 512;    // pixels
 constexpr int64_t whole_picture = 1024 * 1024; // pixels that go through the autoencoder without tiles
 constexpr size_t  kept_conditionings = 16;
+constexpr int     max_chunks = 256; // of a prompt: 19,200 tokens of CLIP
 
 bool same(const Prompt & a, const Prompt & b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Span & x, const Span & y) {
@@ -89,7 +93,6 @@ std::string written(const Family & family) {
     return name;
 }
 
-// Repeats `one` along the last dimension that it uses not yet.
 void append(std::vector<float> & to, const std::vector<float> & from) { to.insert(to.end(), from.begin(), from.end()); }
 
 } // namespace
@@ -107,7 +110,7 @@ Context::Context(const OpenParams & params)
         fail(Status::bad_argument, "prediction and zero_snr: a model of %s is a rectified flow, which has neither",
              written(*family_).c_str());
     }
-    weights_.load(device_);
+    weights_.load(device_, params.memory_limit, log_);
     if (log_) {
         log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
                                family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
@@ -161,6 +164,14 @@ void Context::complete(Request & r) const {
     if (r.mask && !r.init_image) {
         fail(Status::bad_argument, "a mask was given without init_image, the picture that it masks");
     }
+    if (r.reference_image && (r.reference_width < multiple || r.reference_height < multiple || r.reference_width > max_side ||
+                              r.reference_height > max_side || r.reference_width % multiple != 0 || r.reference_height % multiple != 0)) {
+        fail(Status::bad_argument, "reference_image of %d x %d: both must be multiples of %d, at most %d", r.reference_width,
+             r.reference_height, multiple, max_side);
+    }
+    if (r.reference_image && !pipeline_->takes_reference()) {
+        fail(Status::bad_argument, "a reference_image was given, but this model does not look at one; FLUX.1 Kontext does");
+    }
     if (r.vae_tile < 0 || r.vae_tile > max_side || r.vae_tile % (4 * multiple) != 0) {
         fail(Status::bad_argument, "vae_tile %d: must be 0 or a multiple of %d pixels", r.vae_tile, 4 * multiple);
     }
@@ -179,10 +190,6 @@ void Context::complete(Request & r) const {
         r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
-    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
-        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
-             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
-    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
 }
@@ -225,6 +232,9 @@ void Context::check_control(const Request & r) const {
         fail(Status::bad_argument, "%s takes %lld input features, where the plain model has %lld: it needs a control_image, a "
              "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
              static_cast<long long>(plain + more), static_cast<long long>(plain));
+    }
+    if (of_lora && r.reference_image) {
+        fail(Status::bad_argument, "a control LoRA is in force, whose inputs a reference_image does not have; leave one of them out");
     }
     if (r.control_image && !of_lora && !of_model) {
         fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
@@ -280,6 +290,18 @@ static void append_image(Conditioning & all, const Conditioning & one) {
     }
 }
 
+void Context::warn_unread(const Request & request, bool guided) const {
+    std::set<std::string> told;
+    for (const auto * prompts : {&request.prompts, &request.negative_prompts}) {
+        for (size_t i = 0; log_ && i < prompts->size() && (guided || prompts == &request.prompts); ++i) {
+            const std::string unread = pipeline_->unread((*prompts)[i]);
+            if (!unread.empty() && told.insert(unread).second) {
+                log_(Level::warning, unread);
+            }
+        }
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -295,6 +317,10 @@ Conditioning Context::condition(const Request & request, bool guided) {
     int chunks = 1;
     for (const Prompt * prompt : prompts) {
         chunks = std::max(chunks, pipeline_->count_chunks(*prompt));
+    }
+    if (chunks > max_chunks) {
+        fail(Status::bad_argument, "a prompt fills %d chunks of tokens, where %d are the most that are read; make it shorter",
+             chunks, max_chunks);
     }
     const Conditioning picture = pipeline_->describe(request.sizes), negative = pipeline_->describe(request.negative_sizes);
     Conditioning       all;
@@ -325,9 +351,26 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     return latent;
 }
 
-static int tile_for(const Request & r) {
-    const bool whole = static_cast<int64_t>(r.width) * r.height <= whole_picture;
+static int tile_for(const Request & r, int width, int height) {
+    const bool whole = static_cast<int64_t>(width) * height <= whole_picture;
     return r.vae_tile > 0 ? r.vae_tile : whole ? 0 : auto_tile;
+}
+
+static int tile_for(const Request & r) { return tile_for(r, r.width, r.height); }
+
+// The latent of the picture to look at, as often as the denoiser runs at once.
+std::optional<Tensor> Context::encode_reference(const Request & r, int runs) {
+    if (!r.reference_image) {
+        return std::nullopt;
+    }
+    const int    width = r.reference_width, height = r.reference_height;
+    const Tensor one = encode_picture(image_from_rgb(r.reference_image, width, height).data, width, height,
+                                      tile_for(r, width, height));
+    Tensor       out({one.ne[0], one.ne[1], one.ne[2], runs});
+    for (int run = 0; run < runs; ++run) {
+        std::copy(one.data.begin(), one.data.end(), out.data.begin() + run * static_cast<int64_t>(one.data.size()));
+    }
+    return out;
 }
 
 Context::Latents Context::start(const Request & r) {
@@ -442,12 +485,48 @@ void Context::generate(Request r, uint8_t * rgb) {
     loras_.apply(r.loras);
     check_control(r);
     hint_at_settings(r);
-    runner_.adapt(nullptr);
+    paint(r, rgb);
+}
 
+MemoryEstimate Context::estimate(Request r) {
+    const Claim claim(*this, r.keep_going);
+    complete(r);
+    std::vector<uint8_t> nothing(static_cast<size_t>(r.width) * r.height * 3);
+    if (pipeline_->extra_input() == ExtraInput::control || loras_.control_inputs() > 0) {
+        r.control_image = nothing.data();
+    }
+    check_control(r);
+    r.sampler = "euler";
+    r.steps = 1;
+    r.strength = 1;
+    r.on_step = {};
+    std::vector<NetworkCost> costs;
+    std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
+    auto                     encoded = std::exchange(encoded_, {}); // text is to be encoded, and the next picture is not to
+    auto                     latent = std::exchange(last_latent_, {}); // know of it
+    const auto               back = [&] {
+        runner_.set_measuring(nullptr);
+        encoded_ = std::move(encoded);
+        last_latent_ = std::move(latent);
+    };
+    runner_.set_measuring(&costs);
+    try {
+        paint(r, rgb.data());
+    } catch (...) {
+        back();
+        throw;
+    }
+    back();
+    return sd::estimate(weights_, costs);
+}
+
+void Context::paint(const Request & r, uint8_t * rgb) {
+    runner_.adapt(nullptr);
     const bool          guided = r.cfg_scale != 1.0f;
     const Latents       begin = start(r);
     const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
     std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
+    warn_unread(r, guided);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -473,6 +552,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
+    const std::optional<Tensor> reference = encode_reference(r, runs);
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
     const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
     Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
@@ -480,6 +560,9 @@ void Context::generate(Request r, uint8_t * rgb) {
     if (pipeline_->defaults().guidance > 0) {
         std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
         inputs["guidance"] = &guidance;
+    }
+    if (reference) {
+        inputs["reference"] = &*reference;
     }
     for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
         for (const auto & [name, tensor] : *part) {
@@ -531,7 +614,11 @@ void Context::generate(Request r, uint8_t * rgb) {
             fail(Status::cancelled, "stopped after step %d of %d", step, of);
         }
     };
-    sample(r.sampler, {sigmas, &rngs, r.eta, denoise, on_step, &trained}, x);
+    sample(r.sampler, {sigmas, &rngs, r.eta, prediction == Prediction::flow, denoise, on_step, &trained}, x);
+    if (!std::all_of(x.begin(), x.end(), [](float value) { return std::isfinite(value); })) {
+        fail(Status::bad_argument, "the picture is no number after %d steps, and would be black: cfg_scale %g, eta or a "
+             "multiplier of a LoRA is too large, or the model's weights are damaged", steps, static_cast<double>(r.cfg_scale));
+    }
 
     last_latent_.ne = begin.ne;
     last_latent_.data = std::move(x);
@@ -545,7 +632,6 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     const size_t       one = static_cast<size_t>(count(latent.ne)) / r.batch_size;
     const int64_t      plane = static_cast<int64_t>(r.width) * r.height;
     runner_.adapt(nullptr);
-    runner_.keep_only("vae_decode");
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
@@ -674,7 +760,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
              network.c_str());
     }
-    runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
     runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
@@ -683,7 +768,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
                                                       : Tensor());
     auto       outputs = runner_.run(network, inputs, build);
     const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
-    runner_.keep_only("");
     if (out == outputs.end()) {
         fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
     }

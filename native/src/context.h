@@ -5,6 +5,7 @@
 #include "families/family.h"
 #include "lora/lora_engine.h"
 #include "nn/device.h"
+#include "nn/estimate.h"
 #include "nn/runner.h"
 #include "nn/weights.h"
 
@@ -26,6 +27,7 @@ struct OpenParams {
     std::optional<bool>        zero_snr; // see OpenOptions
     int                        threads = 0;
     bool                       in_ram = false; // the files, which may change or vanish then
+    size_t                     memory_limit = 0; // bytes of weights and activations on the device; 0: what it has
     LoraOptions                loras;
     Log                        log;
 };
@@ -48,6 +50,8 @@ struct Request {
     float                                       strength = 1;
     const uint8_t *                             mask = nullptr; // width * height grey
     const uint8_t *                             control_image = nullptr; // width * height RGB
+    const uint8_t *                             reference_image = nullptr; // reference_width * reference_height RGB
+    int                                         reference_width = 0, reference_height = 0;
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;
@@ -64,6 +68,9 @@ class Context {
 
     // Paints batch_size images one after another into `rgb`.
     void generate(Request request, uint8_t * rgb);
+
+    // What generate() would take, with the LoRAs that are in force, before it reads any weight.
+    MemoryEstimate estimate(Request request);
 
     // Inside on_step: one pixel per latent cell of image `image`.
     void preview(int image, uint8_t * rgb);
@@ -109,16 +116,19 @@ class Context {
         std::optional<Tensor> extra; // input channels behind the latent's own
     };
 
+    void         paint(const Request & request, uint8_t * rgb);
     void         complete(Request & request) const;
     void         complete_sizes(Request & request) const;
     void         check_control(const Request & request) const;
     void         hint_at_settings(const Request & request);
     LoraFile     read_with_settings(const std::string & lora) const;
+    void         warn_unread(const Request & request, bool guided) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
     std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
                                          const std::optional<Tensor> & mask);
+    std::optional<Tensor> encode_reference(const Request & request, int runs);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import check
 from ..errors import BadArgument
 from .source import Change, Floats
 
@@ -222,9 +223,9 @@ def cut(values: NDArray[np.float64], rank: int | None, energy: float | None, who
 
 def check_rank(rank: int | None, energy: float | None) -> None:
     """Raises BadArgument where they ask for nothing that there is."""
-    if rank is not None and rank < 1:
-        raise BadArgument(f"rank {rank}: must be 1 or more")
-    if energy is not None and not 0 < energy <= 1:
+    if rank is not None:
+        check.whole("rank", rank, 1)
+    if energy is not None and not 0 < check.number("energy", energy) <= 1:
         raise BadArgument(f"energy {energy}: must be a share such as 0.95")
 
 

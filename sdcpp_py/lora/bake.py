@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from .. import check
 from ..errors import BadArgument, Unsupported
+from ..files import AnyPath, is_same
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
 from ..weights.names import single_file_names, with_one_autoencoder
@@ -18,7 +20,7 @@ from .library import LoraLibrary
 from .model import Model, Slice
 from .rewrite import Input, base_of, is_matrix
 from .source import Change, Floats
-from .tools import AnyPath, open_together, read_lora
+from .tools import AnyLora, open_together, read_loras
 
 OnProgress = Callable[[int, int, str], Any]
 _SHOWN: Final = 3  # names in a note
@@ -26,7 +28,7 @@ _SHOWN: Final = 3  # names in a note
 
 def bake(
     model: AnyPath,
-    loras: Iterable[tuple[AnyPath, float] | LoraTag | str],
+    loras: Iterable[AnyLora],
     output: AnyPath,
     *,
     type: str | None = None,
@@ -40,7 +42,8 @@ def bake(
 
     Args:
         model: A safetensors or GGUF file, or a diffusers folder; not quantised where the LoRAs change it.
-        loras: Paths and ratios; or "x.safetensors:0.7", "x:te=0.5:unet=1:lbw=OUTALL" as for ``tools.merge``.
+        loras: Paths and ratios, or paths alone; or "x.safetensors:0.7", "x:te=0.5:unet=1:lbw=OUTALL" as for
+            ``tools.merge``.
         output: The file to write: .gguf or .safetensors.
         type: Of the matrices: "q8_0", "q4_K", "f16", …; None: as they are. See ``weights.plan``.
         tensor_types: Pairs of a regular expression and a type, which come before it.
@@ -60,14 +63,12 @@ def bake(
         Io: A file cannot be read or written.
     """
     base = Model(model)
-    library = LoraLibrary(None if lora_dir is None else Path(lora_dir))
-    tags = [_located(read_lora(lora), library) for lora in loras]
-    if not tags:
-        raise BadArgument("there is no LoRA to bake; name one or more")
+    library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
+    tags = [_located(tag, library) for tag in read_loras(loras)]
     inputs = open_together(tags, None, base)
-    target = Path(output)
+    target = check.path("output", output)
     for path in (base.path, *(one.source.path for one in inputs)):
-        if target.exists() and target.samefile(path):
+        if is_same(target, path):
             raise BadArgument(f"{target}: is one of the files to read; write to another")
     changed = {n: slices for n, slices in _by_tensor(base).items() if _is_changed(slices, inputs)}
     if not changed:

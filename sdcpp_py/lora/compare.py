@@ -1,13 +1,14 @@
 """What differs between two LoRA files: in their changes of the model, whatever their formats."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .. import check
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
@@ -15,7 +16,7 @@ from .model import Model
 from .outline import NORM
 from .rewrite import OnStep, base_of, step
 from .source import LoraSource, described
-from .tools import AnyPath, open_together
+from .tools import open_together
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def diff(
 
 
 def _named(path: AnyPath) -> LoraTag:
-    return LoraTag(os.fspath(path))
+    return LoraTag(str(check.path("lora", path)))
 
 
 def _sums(source: LoraSource, i: int, model: Model | None) -> dict[str, Pair]:

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from .. import check
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..weights.writing import PIECE
 from . import algebra, spelling
 from .model import Model
@@ -15,7 +16,7 @@ from .outline import NORM, TABLE, Module
 from .rewrite import OnStep, in_parallel, step
 from .source import Floats, described
 from .spelling import Format, Unit
-from .tools import AnyPath, threads_of
+from .tools import threads_of
 from .writer import TYPES, safetensors_file
 
 
@@ -105,7 +106,7 @@ def extract(
     work = in_parallel(
         make, shared, lambda i: 4 * ours.sizes[i].rows * max(1, ours.sizes[i].columns), threads_of(threads)
     )
-    with safetensors_file(Path(output), told) as writer:
+    with safetensors_file(check.path("output", output), told) as writer:
         for done, (i, made) in enumerate(zip(shared, work, strict=True), start=1):
             for name, values in made.tensors.items():
                 writer.add(name, values, "f32" if values.size == 1 else type)

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from .. import check
 from ..errors import BadArgument, Io, Unsupported, from_os_error
+from ..files import AnyPath
 from ..prompt import shown
 
 ENDINGS: Final = (".safetensors", ".gguf")  # in the order in which they are tried
@@ -22,8 +24,6 @@ ADAPTER_FILES: Final = ("adapter_model.safetensors", "pytorch_lora_weights.safet
 _DEEPEST: Final = 16  # folders in folders
 _SHOWN: Final = 5  # names in a message
 _LONGEST: Final = 255  # characters of a name that are compared with others
-
-AnyPath = str | os.PathLike[str]
 
 
 class LoraLibrary:
@@ -86,18 +86,12 @@ class LoraLibrary:
             Unsupported: It is a pickle.
             Io: It cannot be read.
         """
-        is_path = isinstance(source, os.PathLike)
-        text = os.fspath(source)
-        if not isinstance(text, str):
-            raise BadArgument(f"loras: a path must be text, not {type(text).__name__}")
-        if not text or "\0" in text:
-            raise BadArgument(f"loras: {shown(text)} is no path")
-        if is_path or Path(text).is_absolute():
-            return _trusted(Path(text))
+        path = check.path("loras", source)
+        if isinstance(source, os.PathLike) or path.is_absolute():
+            return _trusted(path)
         try:
-            return self.find(text)
+            return self.find(source)
         except BadArgument:
-            path = Path(text)
             if (path.suffix.lower() in ENDINGS and os.path.lexists(path)) or is_adapter_folder(path):
                 return _trusted(path)
             raise

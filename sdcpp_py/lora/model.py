@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from .. import check
 from ..errors import BadFile
 from ..weights import Tensor, open_source
 from ..weights.names import swapped_runs
@@ -101,7 +102,7 @@ class Model:
             Unsupported: It is a pickle.
             Io: It cannot be read.
         """
-        self.path = Path(path)
+        self.path = check.path("model", path)
         self.source = open_source(self.path)
         self.tensors = self.source.tensors
         names = [tensor.name for tensor in self.tensors]

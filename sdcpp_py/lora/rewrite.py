@@ -10,7 +10,9 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from .. import check
 from ..errors import BadArgument, BadFile, Cancelled, Unsupported
+from ..files import AnyPath, is_same
 from . import algebra, spelling
 from .algebra import Pair
 from .blocks import Blocks
@@ -139,7 +141,7 @@ class _Made:
 
 def rewrite(
     inputs: Sequence[Input],
-    output: Path,
+    output: AnyPath,
     plan: Plan,
     *,
     model: Model | None = None,
@@ -164,7 +166,8 @@ def rewrite(
         Io: The file cannot be written.
     """
     check_plan(plan)
-    _check_inputs(inputs, output, skip_unknown)
+    target = check.path("output", output)
+    _check_inputs(inputs, target, skip_unknown)
     sources = [one.source for one in inputs]
     outline = sources[0].outline
     names: dict[int, str] = {}
@@ -186,10 +189,10 @@ def rewrite(
     is_folder = plan.format.name == "peft"
     if is_folder and len(networks := sorted({outline.modules[i].component for i in order})) > 1:
         raise BadArgument(
-            f"{output}: a folder of PEFT is for one network, and these are changes of {', '.join(networks)}; "
+            f"{target}: a folder of PEFT is for one network, and these are changes of {', '.join(networks)}; "
             f"take one after the other with prune --keep '{networks[-1]}.*'"
         )
-    with (peft_folder if is_folder else safetensors_file)(output, told) as writer:
+    with (peft_folder if is_folder else safetensors_file)(target, told) as writer:
         for done, (i, made) in enumerate(zip(order, work, strict=True), start=1):
             for name, (values, type) in made.tensors.items():
                 writer.add(name, values, type)
@@ -238,8 +241,6 @@ def check_plan(plan: Plan) -> None:
 
 
 def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> None:
-    if not inputs:
-        raise BadArgument("there is no file to read; name one or more")
     first = inputs[0].source
     for one in inputs:
         source = one.source
@@ -259,7 +260,7 @@ def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> 
                     f"{source.path}: changes a {mine.rows}x{mine.columns} {source.outline.modules[i].name}, and "
                     f"{first.path} one of {theirs.rows}x{theirs.columns}; they are for different models"
                 )
-        if output.exists() and output.samefile(source.path):
+        if is_same(output, source.path):
             raise BadArgument(f"{output}: is one of the files to read; write to another")
 
 

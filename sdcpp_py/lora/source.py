@@ -4,13 +4,12 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
+from .. import _native, check
 from ..errors import BadArgument, BadFile
 from .library import LoraLibrary
 from .outline import DIFFUSERS, FAMILIES, NORM, PLACES, TABLE, Module, Outline, outline_of
@@ -137,7 +136,7 @@ class LoraSource:
             Unsupported: It is no LoRA, or a pickle.
             Io: It cannot be read.
         """
-        self.path = LoraLibrary(None).locate(Path(path))
+        self.path = LoraLibrary(None).locate(check.path("loras", path))
         self._os_path = os.fsencode(self.path)
         bare = _native.LoraFile(self._os_path, [])
         self.report = LoraReport.from_json(bare.report())

@@ -9,12 +9,16 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag, shown
 from .blocks import FAMILIES, Blocks, read_blocks
-from .library import AnyPath, LoraLibrary
+from .library import LoraLibrary
+
+if TYPE_CHECKING:
+    from .. import _native
 
 log = logging.getLogger("sdcpp_py")
 
@@ -41,19 +45,6 @@ class LoraOptions(TypedDict, total=False):
 
 Strength = float | LoraOptions
 Loras = Mapping[AnyPath, Strength] | Sequence[AnyPath | tuple[AnyPath, Strength]]
-
-
-class NativeUse(TypedDict):
-    """As the engine takes it."""
-
-    path: bytes
-    te: float
-    te2: float
-    te3: float
-    unet: float
-    start: float
-    stop: float
-    blocks: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class LoraUse:
         """The same with others; those that are as te are not said."""
         return replace(self, te=te, te2=None if te2 == te else te2, te3=None if te3 == te else te3, unet=unet)
 
-    def native(self) -> NativeUse:
+    def native(self) -> "_native._Lora":
         """What ``_native.Context`` takes."""
         te, te2, te3, unet = self.multipliers()
         return {

@@ -9,19 +9,36 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
+from .. import check
 from ..errors import BadArgument
+from ..files import AnyPath
 from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
 from .blocks import Blocks, read_blocks
 from .model import Model
 from .outline import outline_of
-from .rewrite import Input, OnStep, Plan, Rewritten, rewrite
+from .rewrite import Input, OnStep, Plan, Rewritten, canonical, rewrite
 from .source import LoraSource, described
 
-AnyPath = str | os.PathLike[str]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# A path with a ratio in it, see ``read_tag``; a path and a ratio; a path alone, for 1; or all that a tag can say.
+AnyLora = str | tuple[AnyPath, float] | os.PathLike[str] | LoraTag
+
+
+class Options(TypedDict, total=False):
+    """What all tools that rewrite LoRA files take, as ``convert`` tells of it."""
+
+    type: str | None
+    family: str | None
+    model: AnyPath | None
+    skip_unknown: bool
+    threads: int | None
+    on_step: OnStep | None
 
 
 def convert(
@@ -63,11 +80,11 @@ def convert(
     base = _model(model)
     source = open_lora(path, family, base)
     plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
-    return rewrite([Input(source)], Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def merge(
-    loras: Iterable[tuple[AnyPath, float] | LoraTag | str],
+    loras: Iterable[AnyLora],
     output: AnyPath,
     *,
     to: str | None = None,
@@ -90,7 +107,8 @@ def merge(
     the identity.
 
     Args:
-        loras: Paths and ratios; or "a.safetensors:0.7", "b.safetensors:te=0.5:unet=1:lbw=OUTALL" as prompts have it.
+        loras: Paths and ratios, or paths alone; or "a.safetensors:0.7", "b.safetensors:te=0.5:unet=1:lbw=OUTALL" as
+            prompts have it.
         output: The safetensors file to write.
         to: One of spelling.FORMATS; None: as the first file.
         rank: Lowers each module's rank to this, by QR and SVD; the result tells what was lost.
@@ -102,10 +120,7 @@ def merge(
     The rest and what it raises is as for ``convert``.
     """
     base = _model(model)
-    named = list(loras)
-    if not named:
-        raise BadArgument("there is no file to merge; name one or more")
-    inputs = open_together([read_lora(lora) for lora in named], family, base)
+    inputs = open_together(read_loras(loras), family, base)
     first = inputs[0].source
     plan = Plan(
         spelling.format_of(to or default_format(first), first.family),
@@ -117,24 +132,37 @@ def merge(
         type=type,
         threads=threads_of(threads),
     )
-    return rewrite(inputs, Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
-def scale(path: AnyPath, output: AnyPath, ratio: float, *, te: float | None = None, **options: object) -> Rewritten:
-    """Writes a LoRA that acts at 1 as this one does at `ratio` (`te` for text encoders). Options as for ``merge``."""
-    _finite("ratio", ratio)
-    name = os.fspath(path)
-    text = _finite("te", ratio if te is None else te)
-    return merge([LoraTag(name, text, ratio)], output, **options)  # type: ignore[arg-type]
+def scale(
+    path: AnyPath,
+    output: AnyPath,
+    ratio: float,
+    *,
+    te: float | None = None,
+    to: str | None = None,
+    **options: "Unpack[Options]",
+) -> Rewritten:
+    """Writes a LoRA that acts at 1 as this one at `ratio` (`te` for text encoders). The rest is as for ``merge``."""
+    unet = check.number("ratio", ratio)
+    text = unet if te is None else check.number("te", te)
+    return merge([LoraTag(str(check.path("path", path)), text, unet)], output, to=to, **options)
 
 
 def resize(
-    path: AnyPath, output: AnyPath, *, rank: int | None = None, energy: float | None = None, **options: object
+    path: AnyPath,
+    output: AnyPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    to: str | None = None,
+    **options: "Unpack[Options]",
 ) -> Rewritten:
-    """Writes the nearest LoRA of a lower rank; strength stays. Options as for ``merge``."""
+    """Writes the nearest LoRA of a lower rank; strength stays. The rest is as for ``merge``."""
     if rank is None and energy is None:
         raise BadArgument("resize: give a rank, or an energy such as 0.95")
-    return merge([LoraTag(os.fspath(path))], output, rank=rank, energy=energy, **options)  # type: ignore[arg-type]
+    return merge([LoraTag(str(check.path("path", path)))], output, rank=rank, energy=energy, to=to, **options)
 
 
 def prune(
@@ -144,29 +172,28 @@ def prune(
     keep: Sequence[str] = (),
     drop: Sequence[str] = (),
     to: str | None = None,
-    family: str | None = None,
-    model: AnyPath | None = None,
-    skip_unknown: bool = False,
-    threads: int | None = None,
-    on_step: OnStep | None = None,
+    **options: "Unpack[Options]",
 ) -> Rewritten:
     """Writes some modules of a LoRA only.
 
     Args:
+        path: A LoRA of any format.
+        output: The safetensors file to write.
         keep: Patterns with * and ?, such as "denoiser.single_blocks.*"; () keeps all. A module is called by its
             component, "denoiser", "clip", "clip_2" or "t5", and its original path.
         drop: Patterns of what goes.
-
-    The rest is as for ``convert``.
+        to: One of spelling.FORMATS; None: as the file.
+        options: As for ``convert``.
 
     Raises:
-        BadArgument: No pattern, or one that no module of the file fits.
+        BadArgument: No pattern, or one that no module of the file fits; and what ``convert`` raises.
     """
+    keep, drop = check.texts("keep", keep), check.texts("drop", drop)
     if not keep and not drop:
         raise BadArgument("prune: give patterns to keep or to drop, such as --drop 'clip.*'")
-    base = _model(model)
-    source = open_lora(path, family, base)
-    names = [f"{m.component}.{m.name}" for i in source.modules() if (m := source.outline.modules[i])]
+    base = _model(options.get("model"))
+    source = open_lora(path, options.get("family"), base)
+    names = [canonical(source, i) for i in source.modules()]
     for pattern in (*keep, *drop):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
@@ -176,9 +203,13 @@ def prune(
         return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
     plan = Plan(
-        spelling.format_of(to or default_format(source), source.family), threads=threads_of(threads), keep=stays
+        spelling.format_of(to or default_format(source), source.family),
+        type=options.get("type"),
+        threads=threads_of(options.get("threads")),
+        keep=stays,
     )
-    return rewrite([Input(source)], Path(output), plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
+    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def default_format(source: LoraSource) -> str:
@@ -204,7 +235,7 @@ def read_tag(text: str) -> LoraTag:
     """ "a.safetensors:0.7" or "a.safetensors:te=0.5:unet=1:lbw=OUTALL"; what is no number or option is the path.
 
     Raises:
-        BadArgument: A number is none.
+        BadArgument: More than two ratios.
     """
     path = text
     options: list[str] = []
@@ -239,11 +270,32 @@ def _is_option(text: str) -> bool:
         return False
 
 
-def read_lora(lora: tuple[AnyPath, float] | LoraTag | str) -> LoraTag:
-    """A LoRA as an argument names it."""
+def read_loras(loras: Iterable[AnyLora]) -> list[LoraTag]:
+    """LoRAs as an argument names them.
+
+    Raises:
+        BadArgument: One is named otherwise, there is none, or a ratio is no finite number.
+    """
+    if isinstance(loras, (str, bytes, os.PathLike)) or not isinstance(loras, Iterable):
+        raise BadArgument("loras: must be a list, such as [('a.safetensors', 0.8)]")
+    tags = [_read_lora(lora) for lora in loras]
+    if not tags:
+        raise BadArgument("loras: there is none; name one or more")
+    return tags
+
+
+def _read_lora(lora: object) -> LoraTag:
+    if isinstance(lora, LoraTag):
+        return lora
     if isinstance(lora, str):
         return read_tag(lora)
-    return lora if isinstance(lora, LoraTag) else LoraTag(os.fspath(lora[0]), lora[1], lora[1])
+    if isinstance(lora, os.PathLike):
+        return LoraTag(str(check.path("loras", lora)))
+    if not isinstance(lora, (tuple, list)) or len(lora) != 2:
+        raise BadArgument(f"loras: {check.brief(lora)} is no LoRA; write (path, 0.8)")
+    path = str(check.path("loras", lora[0]))
+    ratio = check.number(f"{path}: ratio", lora[1])
+    return LoraTag(path, ratio, ratio)
 
 
 def open_together(tags: Sequence[LoraTag], family: str | None, model: Model | None) -> list[Input]:
@@ -273,7 +325,7 @@ def _input(tag: LoraTag, source: LoraSource) -> Input:
         blocks = read_blocks(tag.lbw, source.family)
     if tag.te2 is not None or tag.te3 is not None:
         raise BadArgument(f"{source.path}: te2 and te3 are for painting; here te is for all text encoders")
-    te, unet = _finite(f"{source.path}: te", tag.te), _finite(f"{source.path}: unet", tag.unet)
+    te, unet = (check.number(f"{source.path}: {name}", getattr(tag, name)) for name in ("te", "unet"))
     return Input(source, te, unet, blocks)
 
 
@@ -291,17 +343,9 @@ def _model(path: AnyPath | None) -> Model | None:
 def _density(method: str, density: float | None) -> float:
     if method == "sum" and density is not None:
         raise BadArgument("density: is for ties and dare; name a method")
-    return 0.5 if density is None else density
-
-
-def _finite(what: str, number: float) -> float:
-    if not math.isfinite(number):
-        raise BadArgument(f"{what}: the ratio {number} must be a finite number")
-    return float(number)
+    return 0.5 if density is None else check.number("density", density)
 
 
 def threads_of(threads: int | None) -> int:
     """How many modules to work on at a time."""
-    if threads is not None and threads < 1:
-        raise BadArgument(f"threads {threads}: must be 1 or more")
-    return threads or min(4, os.cpu_count() or 1)
+    return min(4, os.cpu_count() or 1) if threads is None else check.whole("threads", threads, 1)

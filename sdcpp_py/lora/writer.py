@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadArgument, Io, Unsupported, from_os_error
-from ..image import whole_file
+from ..files import check_target, whole_file
 
 TYPES: Final = ("f32", "f16", "bf16")
 _NAMES: Final = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
@@ -111,10 +111,7 @@ def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[Safete
     Raises:
         Io: It cannot be written; nothing of it is left then.
     """
-    if not path.parent.is_dir():
-        raise Io(f"{path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise Io(f"{path}: is a folder; name a file in it")
+    check_target(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part") as data:
             writer = SafetensorsWriter(data)

@@ -1,12 +1,12 @@
 """Converting a model from one file format or type of weights to another."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import BadArgument
+from ..files import is_same
 from . import gguf_file
 from .families import PARTS, bare_name, part_of, recognise
 from .imatrix import read_imatrix
@@ -131,5 +131,5 @@ def _stays_gguf(source: Source, target: Path) -> bool:
 def _keep_apart(planned: Plan, source: Source) -> None:
     for path in planned.paths:
         for file in source.files:
-            if path.exists() and os.path.samefile(path, file):
+            if is_same(path, file):
                 raise BadArgument(f"{path}: is a file of the source, which is never overwritten; give another name")

@@ -104,7 +104,8 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        return math.prod(self.shape[:-1])
+        """Rows that hold something: none of a tensor without elements, however many its shape states."""
+        return math.prod(self.shape[:-1]) if self.elements else 0
 
     @property
     def bytes(self) -> int:

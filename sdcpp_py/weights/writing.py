@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import _native
 from ..errors import BadArgument, Cancelled, Io, SdcppError, from_os_error
-from ..image import whole_file
+from ..files import check_target, whole_file
 from . import gguf_file, safetensors_file
 from .families import Family
 from .gguf_file import Value
@@ -256,10 +256,7 @@ def _header(plan: Plan, k: int) -> bytes:
 
 def _check_space(plan: Plan) -> None:
     folder = plan.path.parent
-    if not folder.is_dir():
-        raise Io(f"{plan.path}: there is no folder {folder}; make it first")
-    if plan.path.is_dir():
-        raise Io(f"{plan.path}: is a folder; name a file in it")
+    check_target(plan.path)
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:

@@ -5,7 +5,7 @@ The truth is a model that holds the change in its weights, made by reference_lor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,16 @@ import lora_dit
 import numpy as np
 import pytest
 import reference_lora
-import tiny_dit
-from cases import noise
 from cases_dit import FLUX, FLUX_FILL, FLUX_SCHNELL, SD3, SD35_MEDIUM
 from closeness import assert_close
-from lora_dit import Update, kohya, peft
+from lora_dit import Update, denoise, kohya, matrices, peft, split
 from tiny_dit import Tensors
-from tiny_flux import TinyFlux
 
 from sdcpp_py import BadArgument, BadFile, SDContext, _native
 
 TOLERANCE = 1e-5  # float32 on both sides: the order of sums
 
 Opens = Callable[..., SDContext]
-
-
-def denoise(context: SDContext, model: lora_dit.Model, channels: int = 0) -> np.ndarray:
-    is_flux = isinstance(model, TinyFlux)
-    inputs = {
-        "latent": noise("latent", 1, channels or (model.inputs // 4 if is_flux else 16), 4, 6),
-        "time": np.float32([731.0]),
-        "text": noise("text", 1, 5, model.context),
-        "pooled": noise("pooled", 1, model.pooled if is_flux else model.clip_l + model.clip_g),
-    }
-    if is_flux and model.guidance:
-        inputs["guidance"] = np.float32([3.5])
-    return _native.probe_run(context._native, "denoise", **inputs)
-
-
-@pytest.fixture(scope="session")
-def dit_with(dit: Opens, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
-    """A model with other weights in its transformer, which is a file of its own in the original's bare names."""
-    root = tmp_path_factory.mktemp("changed")
-
-    def context(model: lora_dit.Model, weights: Tensors | Path, **options: Any) -> SDContext:
-        folder = dit(model)._path
-        if not isinstance(weights, Path):
-            weights = tiny_dit.save(weights, root / f"{len(list(root.iterdir()))}.safetensors")
-        parts = {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}
-        if not isinstance(model, TinyFlux):
-            parts = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
-        components = {role: folder / name for role, name in parts.items()}
-        return SDContext(weights, vae=folder / "vae", **components, threads=1, precision="f32", **options)
-
-    return context
 
 
 def lies_as(context: SDContext, model: lora_dit.Model, path: Path, want: np.ndarray, multiplier: float = 1.0) -> None:
@@ -69,16 +35,6 @@ def lies_as(context: SDContext, model: lora_dit.Model, path: Path, want: np.ndar
     assert np.std(want - base) > 0.02 * np.std(base), "a change too small to be seen"
     assert_close(got, want, TOLERANCE)
     np.testing.assert_array_equal(denoise(context, model), base)
-
-
-def matrices(model: lora_dit.Model) -> list[str]:
-    """The original's modules that are matrices."""
-    weights = lora_dit.original(model)
-    return [m for m in lora_dit.family(model).modules(model) if weights.get(f"{m}.weight", np.zeros(1)).ndim == 2]
-
-
-def split(model: lora_dit.Model, modules: Iterable[str]) -> list[str]:
-    return [part for module in modules for part in lora_dit.family(model).modules(model)[module]]
 
 
 SPELLINGS = {
@@ -461,3 +417,58 @@ def test_weights_that_are_written(mode: str, dit_with: Callable[..., SDContext],
         assert_close(denoise(context, FLUX), want, TOLERANCE)
         context.reset_loras()
         assert context.fingerprint() == fingerprint
+
+
+# ---- weights per block ---------------------------------------------------------------------------------
+
+
+ON = {
+    "flux": (FLUX, 58, {2: "transformer_blocks.1.", 21: "single_transformer_blocks.1."}),
+    "sd3.5": (SD35_MEDIUM, 25, {2: "transformer_blocks.1."}),
+}
+
+
+@pytest.mark.parametrize(("model", "n", "on"), ON.values(), ids=ON)
+def test_weights_per_block(model: lora_dit.Model, n: int, on: dict[int, str], dit: Opens, tmp_path: Path) -> None:
+    """lbw leaves of a LoRA what lies in the blocks that are on, halves where it says so."""
+    update = lora_dit.random_update(model, split(model, matrices(model)))
+    inside = {path: factors for path, factors in update.items() if path.startswith(tuple(on.values()))}
+    whole = lora_dit.write(peft("transformer.")(update), tmp_path / "whole.safetensors")
+    part = lora_dit.write(peft("transformer.")(inside), tmp_path / "part.safetensors")
+    numbers = ",".join("0.5" if i in on else "0" for i in range(n))
+    context = dit(model)
+    context.apply_loras([(str(part), 0.5)])
+    want = denoise(context, model)
+    context.apply_loras([(str(whole), {"lbw": numbers})])
+    got = denoise(context, model)
+    context.apply_loras([])
+    assert np.std(want - denoise(context, model)) > 0.02 * np.std(want), "a change too small to be seen"
+    assert_close(got, want, TOLERANCE)
+
+
+def test_the_text_encoders_of_flux_have_numbers_of_their_own(dit: Opens, tmp_path: Path) -> None:
+    """The first of 61 is CLIP's, the second T5's."""
+    rng = np.random.default_rng(0)
+    files: dict[str, Tensors] = {}
+    for name, stem, out, inputs in (
+        ("CLIP", "lora_te1_text_model_encoder_layers_0_mlp_fc1", 4 * FLUX.pooled, FLUX.pooled),
+        ("T5", "lora_te2_encoder_block_0_layer_0_SelfAttention_q", 64, FLUX.context),
+    ):
+        files[name] = {
+            f"{stem}.lora_down.weight": rng.standard_normal((4, inputs)).astype(np.float32),
+            f"{stem}.lora_up.weight": rng.standard_normal((out, 4)).astype(np.float32),
+        }
+    both = lora_dit.write(files["CLIP"] | files["T5"], tmp_path / "both.safetensors")
+    context = dit(FLUX)
+    request: dict[str, Any] = {"width": 32, "height": 32, "steps": 1, "seed": 1}
+
+    def latent(loras: Any) -> np.ndarray:
+        context.generate("a heart", loras=loras, **request)
+        return _native.probe_latent(context._native)
+
+    for i, name in enumerate(files):
+        alone = lora_dit.write(files[name], tmp_path / f"{name}.safetensors")
+        numbers = ",".join("1" if k == i else "0" for k in range(61))
+        want = latent([(str(alone), 1.0)])
+        assert np.any(want != latent([]))
+        np.testing.assert_array_equal(latent([(str(both), {"lbw": numbers})]), want)

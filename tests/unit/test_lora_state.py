@@ -340,6 +340,11 @@ def test_whole_presets() -> None:
         (",".join(["1"] * 16 + ["R"]), "sd1", "'R' is no finite number"),
         (",".join(["1"] * 16 + ["nan"]), "sd1", "'nan' is no finite number"),
         (",".join(["1"] * 16 + [""]), "sd1", "'' is no finite number"),
+        ("INS", "flux", "is no preset; there are: NONE, ALL, DOUBLE, SINGLE, ALL0.5"),
+        ("DOUBLE", "sd3", "is no preset; there are: NONE, ALL, ALL0.5"),
+        ("1,1,1", "flux", "has 3 numbers; this model's layouts have 57 or 58 or 61"),
+        (",".join("1" * 17), "sd3", "has 17 numbers; this model's layouts have 25 or 39"),
+        (",".join(["1"] * 60 + ["R"]), "flux", "'R' is no finite number"),
     ],
 )
 def test_bad_block_weights(text: str, family: str, message: str) -> None:
@@ -347,11 +352,58 @@ def test_bad_block_weights(text: str, family: str, message: str) -> None:
         read_blocks(text, family)
 
 
+IN_FLUX = "model.diffusion_model."
+DOUBLE = [f"{IN_FLUX}double_blocks.{i}.img_attn.qkv.weight" for i in range(19)]
+SINGLE = [f"{IN_FLUX}single_blocks.{i}.linear1.weight" for i in range(38)]
+AROUND = {
+    "CLIP": ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"],
+    "T5": ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"],
+    "IN": [f"{IN_FLUX}{name}.weight" for name in (
+        "img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"
+    )],
+    "OUT": [f"{IN_FLUX}final_layer.linear.weight"],
+}  # fmt: skip
+
+
+def test_layouts_of_flux() -> None:
+    """61 as LoRA Block Weight orders them; 58 with one number for what lies around, and 57 with none."""
+    blocks = read_blocks(",".join(str(i / 4) for i in range(61)), "flux")
+    parts = [AROUND["CLIP"], AROUND["T5"], AROUND["IN"], *([w] for w in DOUBLE + SINGLE), AROUND["OUT"]]
+    assert [{factor(blocks, w) for w in part} for part in parts] == [{i / 4} for i in range(61)]
+    around = [w for part in AROUND.values() for w in part]
+    blocks = read_blocks(",".join(str(i / 4) for i in range(58)), "flux")
+    assert {factor(blocks, w) for w in around} == {0.0}
+    assert [factor(blocks, w) for w in DOUBLE + SINGLE] == [i / 4 for i in range(1, 58)]
+    blocks = read_blocks(",".join(str(i / 4) for i in range(57)), "flux")
+    assert {factor(blocks, w) for w in around} == {1.0}
+    assert [factor(blocks, w) for w in DOUBLE + SINGLE] == [i / 4 for i in range(57)]
+
+
+@pytest.mark.parametrize("n", [24, 38])
+def test_layouts_of_sd3(n: int) -> None:
+    blocks = read_blocks(",".join(str(i / 4) for i in range(n + 1)), "sd3")
+    joint = [f"model.diffusion_model.joint_blocks.{i}.x_block.attn.qkv.weight" for i in range(n)]
+    assert [factor(blocks, w) for w in joint] == [i / 4 for i in range(1, n + 1)]
+    assert factor(blocks, "model.diffusion_model.x_embedder.proj.weight") == 0
+    assert factor(blocks, "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight") == 0
+
+
+def test_presets_of_transformers() -> None:
+    for family in ("flux", "sd3"):
+        assert read_blocks("all", family) == ()
+        assert read_blocks("ALL0.5", family) == (("", 0.5),)
+        assert read_blocks("NONE", family) == (("", 0.0),)
+    double, single = read_blocks("DOUBLE", "flux"), read_blocks("single", "flux")
+    assert {factor(double, w) for w in DOUBLE} == {factor(single, w) for w in SINGLE} == {1.0}
+    assert {factor(double, w) for w in SINGLE} == {factor(single, w) for w in DOUBLE} == {0.0}
+    assert factor(double, AROUND["IN"][0]) == 1.0
+
+
 def test_block_weights_of_other_families_have_no_effect(library: LoraLibrary, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sdcpp_py"):
-        (use,) = read_uses(library, tags=parse("<lora:x:1:lbw=INS>").loras, family="flux")
+        (use,) = read_uses(library, tags=parse("<lora:x:1:lbw=INS>").loras, family="chroma")
     assert use.blocks == ()
-    assert "lbw has no effect on flux models" in caplog.text
+    assert "lbw has no effect on chroma models" in caplog.text
 
 
 # ---- reports -------------------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ sd::Request to_request(const sd_request & from) {
     request.strength = from.strength;
     request.mask = from.mask;
     request.control_image = from.control_image;
+    request.reference_image = from.reference_image;
+    request.reference_width = from.reference_width;
+    request.reference_height = from.reference_height;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -101,6 +104,22 @@ sd_status sd_generate(sd_ctx * ctx, const sd_request * request, uint8_t * rgb) {
         need(request, "request");
         need(rgb, "rgb");
         ctx->context.generate(to_request(*request), rgb);
+    });
+}
+
+sd_status sd_estimate_memory(sd_ctx * ctx, const sd_request * request, size_t * peak, sd_on_network on_network, void * user) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(request, "request");
+        need(peak, "peak");
+        const sd::MemoryEstimate estimate = ctx->context.estimate(to_request(*request));
+        *peak = estimate.peak;
+        for (const auto & network : estimate.networks) {
+            const sd_network_memory memory{network.name.c_str(), network.weights, network.activations};
+            if (on_network && !on_network(&memory, user)) {
+                break;
+            }
+        }
     });
 }
 

@@ -106,10 +106,7 @@ bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem 
     const sd::LoraOutline::Entry & entry = file->reader.entries()[index];
     const sd::LoraTarget *        target = entry.weight ? &*entry.weight : entry.bias ? &*entry.bias : nullptr;
     const sd::StoredTensor *      largest = nullptr;
-    int64_t                       elements = 0, bytes = 0;
     for (const auto & member : entry.group->members) {
-        elements += sd::count(member.tensor->ne);
-        bytes += static_cast<int64_t>(member.tensor->bytes);
         if (!largest || member.tensor->bytes > largest->bytes) {
             largest = member.tensor;
         }
@@ -125,9 +122,7 @@ bool sd_probe_lora_file_stem(const sd_lora_file * file, int index, sd_lora_stem 
              static_cast<int>(entry.stated.kh),
              static_cast<int>(entry.stated.kw),
              entry.absent,
-             largest ? sd::dtype_name(largest->type) : "",
-             elements,
-             bytes};
+             largest ? sd::dtype_name(largest->type) : ""};
     return true;
 }
 

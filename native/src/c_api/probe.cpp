@@ -164,7 +164,7 @@ sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_r
 }
 
 sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng, uint64_t seed,
-                          int64_t skip, float eta, float * x, int64_t n, int images, sd_probe_denoiser denoise,
+                          int64_t skip, float eta, bool flow, float * x, int64_t n, int images, sd_probe_denoiser denoise,
                           void * user) {
     return guarded([&] {
         need(sigmas, "sigmas");
@@ -186,6 +186,7 @@ sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigm
         run.eta = eta;
         static const sd::NoiseSchedule trained = sd::NoiseSchedule::scaled_linear();
         run.trained = &trained;
+        run.flow = flow;
         run.denoise = [&](const std::vector<float> & at, float sigma, std::vector<float> & denoised) {
             denoised.resize(at.size());
             if (!denoise(at.data(), sigma, denoised.data(), n, user)) {

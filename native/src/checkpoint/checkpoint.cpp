@@ -108,6 +108,13 @@ void Checkpoint::add_main() {
                 metadata_.insert(*stated);
             }
         }
+        for (const char * key : {"shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
+                                 "max_image_seq_len", "time_shift_type"}) {
+            const auto stated = scheduler.find(key);
+            if (stated != scheduler.end()) {
+                metadata_.emplace(std::string("scheduler.") + key, stated->second);
+            }
+        }
     }
     for (StoredTensor & tensor : tensors_) {
         tensor.name = usual_name(tensor.name);

@@ -20,8 +20,7 @@ constexpr const char * COMPONENTS[] = {
 constexpr Json::Limits CONFIG_LIMITS = {16u << 20, 1u << 19, 64};
 
 Json read_json(const std::string & path) {
-    const MappedFile file(path);
-    return Json::parse({reinterpret_cast<const char *>(file.data()), file.size()}, path, CONFIG_LIMITS);
+    return Json::parse(read_text(path, CONFIG_LIMITS.bytes), path, CONFIG_LIMITS);
 }
 
 // Shards lie beside their index; anything else could name any file of the machine.

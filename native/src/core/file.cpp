@@ -1,8 +1,10 @@
 #include "core/file.h"
 
 #include "core/error.h"
+#include "core/words.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <system_error>
 
 #if defined(_WIN32)
@@ -131,6 +133,8 @@ void MappedFile::close_file() {
     }
 }
 
+void MappedFile::forget(size_t, size_t) const {}
+
 bool MappedFile::is_as_opened() const {
     LARGE_INTEGER size = {};
     return GetFileSizeEx(as_handle(handle_), &size) && static_cast<size_t>(size.QuadPart) == size_ &&
@@ -218,6 +222,14 @@ void MappedFile::close_file() {
     }
 }
 
+void MappedFile::forget(size_t offset, size_t bytes) const {
+    const auto   page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t begin = (offset + page - 1) / page * page, end = (offset + bytes) / page * page;
+    if (!in_ram_ && begin < end) { // of memory that no file stands behind it would make zeros
+        madvise(const_cast<uint8_t *>(data_) + begin, end - begin, MADV_DONTNEED);
+    }
+}
+
 bool MappedFile::is_as_opened() const {
     struct stat state = {};
     return fstat(static_cast<int>(handle_), &state) == 0 && static_cast<size_t>(state.st_size) == size_ &&
@@ -252,5 +264,16 @@ MappedFile::~MappedFile() {
 }
 
 bool MappedFile::unchanged() const { return in_ram_ || is_as_opened(); }
+
+std::string read_text(const std::string & path, size_t most) {
+    std::error_code unknown;
+    const uintmax_t size = std::filesystem::file_size(std::filesystem::u8path(path), unknown);
+    if (!unknown && size > most) {
+        fail(Status::bad_file, "%s: has %s bytes, where %s are the most that are read", path.c_str(), grouped(size).c_str(),
+             grouped(most).c_str());
+    }
+    const MappedFile file(path, true);
+    return {reinterpret_cast<const char *>(file.data()), file.size()};
+}
 
 } // namespace sd

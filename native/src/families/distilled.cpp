@@ -70,17 +70,24 @@ int steps_of(const std::string & words) {
     return steps >= 1 && steps <= most_steps ? steps : 0;
 }
 
+const Distilled * find_kind(const std::string & words) {
+    for (const Distilled & kind : KINDS) {
+        if (words.find(kind.mark) != std::string::npos) {
+            return &kind;
+        }
+    }
+    return nullptr;
+}
+
 } // namespace
 
 Defaults defaults_for(const std::string & path, const Defaults & usual) {
     const std::string words = words_of(path);
-    for (const Distilled & kind : KINDS) {
-        if (words.find(kind.mark) != std::string::npos) {
-            Defaults out = kind.defaults;
-            out.steps = steps_of(words) > 0 ? steps_of(words) : out.steps;
-            out.clip_skip = usual.clip_skip;
-            return out;
-        }
+    if (const Distilled * kind = find_kind(words)) {
+        Defaults out = kind->defaults;
+        out.steps = steps_of(words) > 0 ? steps_of(words) : out.steps;
+        out.clip_skip = usual.clip_skip;
+        return out;
     }
     return usual;
 }
@@ -114,6 +121,18 @@ std::optional<DistilledLora> settings_of_lora(const std::string & path, const Pi
     }
     return std::nullopt;
 }
+
+Defaults distilled_flow(const std::string & path, const Defaults & usual, int steps) {
+    const std::string words = words_of(path);
+    Defaults          out = usual;
+    if (find_kind(words) || words.find(" hyper ") != std::string::npos) {
+        out.steps = steps_of(words) > 0 ? steps_of(words) : std::min(steps, usual.steps);
+        out.cfg_scale = 1;
+    }
+    return out;
+}
+
+bool is_kontext(const std::string & path) { return words_of(path).find("kontext") != std::string::npos; }
 
 bool is_sdxl_turbo(const std::string & path) {
     std::string words = words_of(path);

@@ -21,6 +21,13 @@ struct DistilledLora {
 };
 std::optional<DistilledLora> settings_of_lora(const std::string & path, const Pipeline & model);
 
+// The same for rectified flows, which keep sampler, scheduler and their own guidance: "sd3.5_large_turbo",
+// "flux1-dev-hyper-8steps". `steps` where the name says none.
+Defaults distilled_flow(const std::string & path, const Defaults & usual, int steps);
+
+// Whether this is FLUX.1 Kontext, which has the structure of dev.
+bool is_kontext(const std::string & path);
+
 // Whether this is Stability's own SDXL Turbo, which was trained at 512 pixels.
 bool is_sdxl_turbo(const std::string & path);
 

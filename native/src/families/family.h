@@ -83,6 +83,7 @@ class Pipeline {
         const int64_t extra = input_channels() - latent_format().channels;
         return extra == 0 ? ExtraInput::none : extra == latent_format().channels ? ExtraInput::pix2pix : ExtraInput::inpainting;
     }
+    virtual bool          takes_reference() const { return false; } // whether denoise() may have the input "reference"
     virtual int           size_multiple() const = 0;  // of width and height, in pixels
     virtual int           native_size() const = 0;    // pixels of a side that the denoiser was trained at
 
@@ -90,6 +91,11 @@ class Pipeline {
     virtual int          count_chunks(const Prompt & prompt) const = 0;
     virtual Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const = 0;
     virtual int          count_tokens(const std::string & text) const = 0;
+    // What of a prompt no text encoder has room for, as a sentence; "" where all of it is read.
+    virtual std::string unread(const Prompt & prompt) const {
+        static_cast<void>(prompt);
+        return "";
+    }
 
     // Makes exactly these words stand for vectors. Throws Error(unsupported / bad_argument), and nothing changes, where
     // the family has no such words or one does not fit its text encoders.
@@ -100,7 +106,8 @@ class Pipeline {
     virtual Conditioning describe(const PictureSizes &) const { return {}; }
 
     // Graphs of the networks. Inputs: "ids" [n, chunks], of a second encoder "ids_2" and "ends" [chunks]; "latent"
-    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, and the conditioning; "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, the conditioning, and "reference" [w, h, C, N], a clean latent of any
+    // size, where takes_reference(); "image" [W, H, 3, N]; "latent" [w, h, C, N].
     // The text's outputs: "states" [width, n, chunks], and "pooled" [width, chunks] where the family has it.
     virtual void  text(Graph & g, int clip_skip) const = 0;
     virtual Value denoise(Graph & g) const = 0;

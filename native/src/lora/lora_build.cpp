@@ -219,7 +219,11 @@ double LoraBuilder::scale(const LoraGroup & group, int64_t rank) {
         warn("has an alpha of 0, which trainers write for 'unset'; read as the rank", group.stem);
         out = 1;
     }
-    return out * number(LoraRole::scalar, "scalar").value_or(1);
+    out *= number(LoraRole::scalar, "scalar").value_or(1);
+    if (!std::isfinite(static_cast<float>(out))) {
+        throw Misfit{text("its scale is %g, which is more than 32 bits hold", out)};
+    }
+    return out;
 }
 
 void LoraBuilder::add_magnitude(const LoraGroup & group, const std::string & name, LoraModule & module,

@@ -6,7 +6,6 @@
 #include "lora/lora_source.h"
 
 #include <algorithm>
-#include <cctype>
 #include <tuple>
 
 namespace sd {
@@ -99,9 +98,7 @@ struct Denoiser {
 };
 
 // Throws where the file was made for another model, or nothing of it can be used.
-void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser, std::string model) {
-    std::transform(model.begin(), model.end(), model.begin(),
-                   [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); }); // "sd1"
+void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoiser, const std::string & model) {
     const LoraReport & report = out.report;
     const int fitting = static_cast<int>(out.modules.size());
     const bool foreign = fit.other_text || fit.by_shape > fitting || denoiser.unknown > denoiser.known;
@@ -140,7 +137,7 @@ void check_fit(const LoraFile & out, const LoraFit & fit, const Denoiser & denoi
 LoraFile read_lora(const std::string & path, const LoraNames & names, const std::string & model) {
     LoraFile out;
     LoraReport & report = out.report;
-    const LoraSource source(path, report);
+    const LoraSource source(path, report, true);
     LoraBuilder builder(names, source.config, source.flags_ia3, report);
     Denoiser denoiser;
     for (const auto & [stem, group] : source.groups) {
@@ -164,7 +161,6 @@ LoraFile read_lora(const std::string & path, const LoraNames & names, const std:
     check_fit(out, builder.fit(), denoiser, model);
     drop_duplicates(out.modules, report);
     count_modules(out);
-    source.file.verify_unchanged("it was read; ask for it again");
     return out;
 }
 

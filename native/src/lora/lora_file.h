@@ -33,9 +33,6 @@ struct LoraReport {
 // One JSON object with a member for every field.
 std::string report_json(const LoraReport & report);
 
-// "264 modules (lora, rank 16, kohya), 3 skipped, first ...", for the log.
-std::string report_line(const LoraReport & report);
-
 struct LoraFile {
     std::vector<LoraModule> modules; // ordered by stem, whatever the order in the file
     LoraReport              report;

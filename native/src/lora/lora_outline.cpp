@@ -23,10 +23,11 @@ class StatedForm {
     }
 
   private:
-    // The i-th dimension, numpy's order; 0 where there is no such tensor.
+    // The i-th dimension, numpy's order; 0 where there is no such tensor, or nothing in it, whose other dimensions may be
+    // any number.
     int64_t size(LoraRole role, size_t i) const {
         const StoredTensor * tensor = group_.find(role);
-        if (!tensor) {
+        if (!tensor || count(tensor->ne) == 0) {
             return 0;
         }
         const std::vector<int64_t> shape = matrix_shape(*tensor);
@@ -108,7 +109,7 @@ std::optional<LoraTarget> first(const std::vector<LoraTarget> & targets) {
 } // namespace
 
 LoraOutline::LoraOutline(const std::string & path, std::deque<Weight> weights)
-    : weights_(std::move(weights)), names_(weights_), source_(path, report_) {
+    : weights_(std::move(weights)), names_(weights_), source_(path, report_, false) {
     for (const auto & [stem, group] : source_.groups) {
         Entry entry{&group, format_of(group), first(names_.find(stem, "weight")),
                     first(names_.find(stem, "bias")), false, StatedForm(group).read()};

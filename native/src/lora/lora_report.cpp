@@ -50,15 +50,6 @@ std::string json(const std::map<Key, Value> & map) {
     return "{" + out + "}";
 }
 
-template <typename Key>
-std::string names(const std::map<Key, int> & map) {
-    std::string out;
-    for (const auto & [key, modules] : map) {
-        out += (out.empty() ? "" : ", ") + key_text(key);
-    }
-    return out;
-}
-
 } // namespace
 
 std::string report_json(const LoraReport & report) {
@@ -84,24 +75,6 @@ std::string report_json(const LoraReport & report) {
     member("warnings", report.warnings);
     member("metadata", report.metadata);
     return out + "}";
-}
-
-std::string report_line(const LoraReport & report) {
-    std::string out = report.path + ": " +
-                      grouped(static_cast<uint64_t>(report.unet_modules + report.text_modules)) +
-                      " modules (" + names(report.kinds) + "; " + names(report.formats);
-    out += report.ranks.empty() ? ")" : "; rank " + names(report.ranks) + ")";
-    const auto rest = [&](const std::vector<std::string> & list, const char * what) {
-        if (!list.empty()) {
-            out += ", " + grouped(list.size()) + " " + what + ", first " + list[0];
-        }
-    };
-    rest(report.padded, "padded");
-    rest(report.skipped, "skipped");
-    rest(report.unmatched, "keys unmatched");
-    rest(report.absent, "keys of absent components");
-    rest(report.warnings, "warnings");
-    return out;
 }
 
 } // namespace sd

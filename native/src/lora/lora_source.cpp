@@ -16,11 +16,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t MOST_TENSORS = 1'000'000;
-
-bool is_file(const std::string & path) {
-    std::error_code ignored;
-    return fs::is_regular_file(fs::u8path(path), ignored);
-}
+constexpr size_t LARGEST_CONFIG = 16u << 20; // bytes
+constexpr size_t LARGEST_USUAL = 1u << 30;   // bytes of a LoRA
 
 // The file that a folder means.
 std::string file_of(const std::string & path) {
@@ -53,8 +50,17 @@ std::string adapter_config_of(const std::string & file) {
     if (at.filename() != "adapter_model.safetensors" || !is_file(config.u8string())) {
         return "";
     }
-    const MappedFile text(config.u8string());
-    return {reinterpret_cast<const char *>(text.data()), text.size()};
+    return read_text(config.u8string(), LARGEST_CONFIG);
+}
+
+// What is larger than LoRAs are is looked at before it is read whole: it is likely a model, given by mistake.
+Checkpoint open_checkpoint(const std::string & path, bool in_ram) {
+    std::error_code unknown;
+    const uintmax_t size = fs::file_size(fs::u8path(path), unknown);
+    if (in_ram && !unknown && size > LARGEST_USUAL) {
+        refuse_other_kinds(Checkpoint::open(path));
+    }
+    return Checkpoint::open(path, {}, in_ram);
 }
 
 // Sorts keys by their stems, whatever their order in the file; those of no known suffix, and what is no
@@ -107,8 +113,8 @@ std::string format_of(const LoraGroup & group) {
     return comfy ? "comfy" : by_suffix.empty() ? "plain" : by_suffix;
 }
 
-LoraSource::LoraSource(const std::string & path, LoraReport & report)
-    : file(Checkpoint::open(file_of(path))),
+LoraSource::LoraSource(const std::string & path, LoraReport & report, bool in_ram)
+    : file(open_checkpoint(file_of(path), in_ram)),
       config(file.metadata(), adapter_config_of(file.path()), file.path()) {
     if (file.tensors().size() > MOST_TENSORS) {
         fail(Status::bad_file, "%s: has %s tensors, where %s is the most that a LoRA may have", file.path().c_str(),

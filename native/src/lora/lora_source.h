@@ -12,8 +12,9 @@ namespace sd {
 
 struct LoraSource {
     // `path` as for read_lora. What no suffix explains, what the file says of itself, and what it brings along
-    // beside updates goes into the report. Throws Error(unsupported) where it is no LoRA.
-    LoraSource(const std::string & path, LoraReport & report);
+    // beside updates goes into the report. `in_ram` reads the file whole, so that one that is cut meanwhile is an
+    // Error(io), where a mapped one would end the process. Throws Error(unsupported) where it is no LoRA.
+    LoraSource(const std::string & path, LoraReport & report, bool in_ram);
 
     Checkpoint                       file;
     LoraConfig                       config;

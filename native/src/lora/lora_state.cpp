@@ -159,6 +159,9 @@ double multiplier_of(const LoraUse & use, const Weight & weight) {
     std::ptrdiff_t depth = 0;
     for (const LoraBlock & block : use.blocks) {
         for (const std::string * name : {&weight.name, &weight.diffusers}) {
+            if (block.prefix.empty() && name == &weight.diffusers) { // shorter, where it names what is fused
+                continue;
+            }
             const std::ptrdiff_t below = depth_below(*name, block.prefix);
             if (below >= 0 && (!nearest || below < depth)) {
                 nearest = &block;

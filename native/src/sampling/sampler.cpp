@@ -17,7 +17,10 @@ void Solver::denoise(const Floats & noisy, double sigma, Floats & denoised) {
     }
 }
 
-void Solver::add_noise(double amount) {
+void Solver::add_noise(double amount, double keep) {
+    if (keep != 1) {
+        mix(keep, x, 0, x, x);
+    }
     if (amount == 0) {
         return;
     }
@@ -80,6 +83,10 @@ const Sampler samplers[] = {
 void check(const SamplerRun & run, const Floats & x) {
     for (size_t i = 0; i < run.sigmas.size(); ++i) {
         const float sigma = run.sigmas[i];
+        if (run.flow && sigma > 1) {
+            fail(Status::bad_argument, "sigma %zu of %zu is %g: those of a rectified flow are at most 1", i + 1,
+                 run.sigmas.size(), static_cast<double>(sigma));
+        }
         if (!std::isfinite(sigma) || sigma < 0 || (i > 0 && sigma >= run.sigmas[i - 1])) {
             fail(Status::bad_argument,
                  "sigma %zu of %zu is %g: each must be below the one before, the last 0 or more", i + 1,
@@ -100,17 +107,16 @@ void check(const SamplerRun & run, const Floats & x) {
 
 void sample(const std::string & sampler, const SamplerRun & run, std::vector<float> & x) {
     const Sampler & row = find_named("sampler", samplers, sampler);
+    if (run.flow && row.method == tcd) {
+        fail(Status::bad_argument, "sampler 'tcd' counts in timesteps of a diffusion, which a rectified flow has not; "
+                                   "take 'euler' or 'lcm'");
+    }
     check(run, x);
     if (run.sigmas.size() < 2) {
         return;
     }
     Solver solver(run, row.takes_eta && run.eta >= 0 ? run.eta : row.eta, x);
     row.method(solver);
-}
-
-bool adds_noise(const std::string & sampler, float eta) {
-    const Sampler & row = find_named("sampler", samplers, sampler);
-    return row.method == lcm || (row.takes_eta && eta >= 0 ? eta : row.eta) > 0;
 }
 
 const std::vector<std::string> & sampler_names() {

@@ -49,19 +49,16 @@ NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned, b
     return schedule;
 }
 
-NoiseSchedule NoiseSchedule::flow(double shift) {
+NoiseSchedule NoiseSchedule::flow(double shift, bool shifts_once) {
     constexpr int levels = 1000;
 
     NoiseSchedule schedule;
     schedule.shift_ = shift;
+    schedule.shifts_once_ = shifts_once;
     for (int t = 0; t < levels; ++t) {
         schedule.sigmas_.push_back(schedule.sigma(t));
     }
     return schedule;
-}
-
-double dynamic_shift(double squares) {
-    return std::exp(0.5 + (1.15 - 0.5) * (squares - 256) / (4096 - 256));
 }
 
 float NoiseSchedule::sigma(double timestep) const {
