@@ -18,7 +18,7 @@ import torch_files
 from cases import SD1, SD2, SDXL
 from closeness import relative_rmse
 from gguf.quants import dequantize, quantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -371,6 +371,7 @@ def test_8_bit_floats_with_a_scale_of_their_own(tmp_path: Path) -> None:
 # ---- names ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # of time, where other work holds the cores
 @given(st.data())
 def test_rows_of_a_fused_weight_come_from_their_parts(data: st.DataObject) -> None:
     """Any piece of it, of parts of which some have their halves the other way round."""
