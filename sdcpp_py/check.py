@@ -54,6 +54,15 @@ def whole(argument: str, value: object, least: int, most: int = MOST_WHOLE) -> i
     return number
 
 
+def pair(argument: str, value: object, least: int) -> tuple[int, int] | None:
+    """None, or two whole numbers, `least` or more."""
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or len(value) != 2:
+        raise BadArgument(f"{argument} {brief(value)}: must be two whole numbers, such as (1024, 1024)")
+    return whole(argument, value[0], least), whole(argument, value[1], least)
+
+
 def number(argument: str, value: object, least: float = -MOST) -> float:
     """A finite number that 32 bits hold, `least` or more."""
     try:

@@ -74,6 +74,9 @@ def generate(
     cfg_scale: Annotated[
         float | None, typer.Option(help="How much the prompt counts; 1 turns guidance off. [default: the model's own]")
     ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Share of it that is brought back to the prompt's own spread, 0 to 1.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="What FLUX.1 dev and its like are told. [default: the model's own]")
     ] = None,
@@ -95,6 +98,19 @@ def generate(
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Where to repaint it: white.")] = None,
     control_image: Annotated[Path | None, typer.Option(help="Edges or depths to follow, for models that do.")] = None,
+    original_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Width and height that SDXL is told of. [default: those of the picture]", show_default=False),
+    ] = None,
+    crop_top_left: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Top and left of its cut, likewise. [default: 0 0]", show_default=False),
+    ] = None,
+    target_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Width and height it has now, likewise. [default: those of the picture]", show_default=False),
+    ] = None,
+    reference_image: Annotated[Path | None, typer.Option(help="Picture to change, for FLUX.1 Kontext.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
@@ -106,6 +122,10 @@ def generate(
         str | None, typer.Option(help="Of products on the CPU: f32, bf16 or auto. [default: auto]")
     ] = None,
     prediction: Annotated[str | None, typer.Option(help="eps or v. [default: as the file says]")] = None,
+    zero_snr: Annotated[
+        bool | None,
+        typer.Option("--zero-snr/--no-zero-snr", help="Of v: begin with noise alone. [default: as the file says]"),
+    ] = None,
     lora_dir: Annotated[Path | None, typer.Option(help="Folder of the LoRAs that prompts name.")] = None,
     embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
@@ -126,6 +146,8 @@ def generate(
             raise BadArgument(f"{like}: was painted with a mask; give that with --mask")
         if told.control_hash and control_image is None:
             raise BadArgument(f"{like}: was painted with a control image; give that with --control-image")
+        if told.reference_hash and reference_image is None:
+            raise BadArgument(f"{like}: was painted with a reference image; give that with --reference-image")
         if output is not None:
             _check_output(output)
         options = {
@@ -135,6 +157,7 @@ def generate(
             "height": height,
             "steps": steps,
             "cfg_scale": cfg_scale,
+            "guidance_rescale": guidance_rescale,
             "guidance": guidance,
             "shift": shift,
             "seed": seed,
@@ -144,6 +167,12 @@ def generate(
             "rng": rng,
             "eta": eta,
             "strength": strength,
+            "original_size": original_size,
+            "crop_top_left": crop_top_left,
+            "target_size": target_size,
+            "negative_original_size": None,
+            "negative_crop_top_left": None,
+            "negative_target_size": None,
             "vae_tile": vae_tile,
         }
         given = {name: value for name, value in options.items() if value is not None}
@@ -164,6 +193,7 @@ def generate(
                 threads=threads,
                 precision=precision or told.precision or "auto",
                 prediction=prediction or told.prediction,
+                zero_snr=told.zero_snr if zero_snr is None else zero_snr,
                 lora_dir=lora_dir,
                 embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
@@ -175,6 +205,7 @@ def generate(
                 init_image=init_image,
                 mask=mask,
                 control_image=control_image,
+                reference_image=reference_image,
                 on_step=on_step,
             )
         pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
@@ -202,7 +233,7 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 def _compare(told: Parameters, used: Parameters) -> None:
     encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash")
-    pictures = ("init_image_hash", "mask_hash", "control_hash")
+    pictures = ("init_image_hash", "mask_hash", "control_hash", "reference_hash")
     for field in ("model_hash", "vae_hash", *encoders, *pictures, "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:
@@ -267,25 +298,31 @@ def _bench(
             opened = time.perf_counter() - begin
             info = sd_ctx.info
             timing = bench.measure(sd_ctx, size=size, steps=steps, on_step=lambda step, of: on_step(step, of, None))
+            peak = sd_ctx.peak_rate() if profile else None
             costs = bench.profile(sd_ctx, size=size) if profile else []
     memory = "unknown" if timing.peak_memory is None else f"{timing.peak_memory / 1e9:.2f} GB"
     rows = [("kernels", f"{info.kernels}, precision {info.precision}, {info.threads} threads"), ("peak memory", memory)]
     for name, seconds in (("open", opened), ("text", timing.text), ("step", timing.step), ("decode", timing.decode)):
         rows.append((name, f"{seconds:.3f} s"))
+    if peak:
+        rows.append(("peak", f"{peak / 1e9:.0f} GFLOP/s, in products that lie in the second-level cache"))
     print_rows(rows)
     if costs:
-        Console().print(_cost_table(costs))
+        Console().print(_cost_table(costs, peak))
 
 
-def _cost_table(costs: Sequence[bench.Operation]) -> Table:
-    table = Table(
-        "network", "operation", *(Column(name, justify="right") for name in ("count", "ms", "share", "GFLOP/s"))
-    )
+def _cost_table(costs: Sequence[bench.Operation], peak: float | None) -> Table:
+    numbers = ("count", "ms", "share", "GFLOP/s", "of peak")
+    table = Table("network", "operation", *(Column(name, justify="right") for name in numbers))
     total = sum(cost.seconds for cost in costs)
     for cost in costs:
-        rate = f"{cost.flops / cost.seconds / 1e9:.0f}" if cost.flops and cost.seconds else ""
+        rate = cost.flops / cost.seconds if cost.seconds else 0
+        gflops = f"{rate / 1e9:.0f}" if rate else ""
+        of_peak = f"{rate / peak:.0%}" if rate and peak else ""
         share = f"{cost.seconds / total:.1%}"
-        table.add_row(cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, rate)
+        table.add_row(
+            cost.network, cost.operation, str(cost.count), f"{cost.seconds * 1e3:.2f}", share, gflops, of_peak
+        )
     return table
 
 

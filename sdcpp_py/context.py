@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,14 @@ from .lora.library import LoraLibrary
 from .lora.report import LoraReport
 from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
 from .prompt import Prompt, Span, parse, parse_negative
+from .sizes import kontext_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger("sdcpp_py")
+
+Pair = tuple[int, int]
 
 
 class Preview(Protocol):
@@ -51,7 +54,7 @@ class ModelInfo:
         prediction: What the denoiser predicts: "eps", "v", or "flow" as SD3 and FLUX.
         backend: The device that it runs on.
         threads: Of the CPU.
-        kernels: Of the CPU: "avx512", "avx2", "plain", or "reference" for ggml's own operations.
+        kernels: Of the CPU: "amx", "avx512", "avx2", "plain", or "reference" for ggml's own operations.
         precision: Of products: "f32" or "bf16".
         size_multiple: Width and height of a picture are multiples of it, in pixels.
         native_size: The side of the pictures that the model was trained on, in pixels.
@@ -60,6 +63,7 @@ class ModelInfo:
         input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
         weight_bytes: In memory.
         n_weights: How many tensors.
+        zero_snr: Whether the highest noise level is noise alone.
     """
 
     family: str
@@ -75,6 +79,7 @@ class ModelInfo:
     input_channels: int
     weight_bytes: int
     n_weights: int
+    zero_snr: bool
 
 
 class SDContext:
@@ -102,6 +107,7 @@ class SDContext:
         threads: int | None = None,
         precision: str = "auto",
         prediction: str | None = None,
+        zero_snr: bool | None = None,
         lora_dir: AnyPath | None = None,
         embedding_dir: AnyPath | None = None,
         lora_mode: str = "runtime",
@@ -126,6 +132,8 @@ class SDContext:
                 processors that multiply it natively, where it is about twice as fast; "auto": "bf16" on those,
                 else "f32".
             prediction: "eps" or "v"; None: what the file says, else what the family does.
+            zero_snr: Whether the highest noise level is noise alone, as of models trained with zero terminal SNR, which
+                predict "v"; None: what the file says.
             lora_dir: Folder of the LoRAs that prompts name; None: no names are known, but for the model that
                 ships, whose LoRAs lie beside it.
             embedding_dir: Folder of the textual inversions that prompts name, see embeddings.py; None: there are none.
@@ -150,7 +158,7 @@ class SDContext:
         self._path = files.shipped_model() if model is None else check.path("model", model)
         components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h, "t5xxl": t5xxl}
         self._components = {role: check.path(role, path) for role, path in components.items() if path is not None}
-        self._prediction = prediction
+        self._prediction, self._zero_snr = prediction, zero_snr
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
         self._library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
@@ -174,6 +182,7 @@ class SDContext:
             requantise=check.flag("requantise", requantise),
             strict_loras=check.flag("strict_loras", strict_loras),
             lora_cache=check.whole("lora_cache", lora_cache, 0),
+            zero_snr=None if zero_snr is None else check.flag("zero_snr", zero_snr),
         )
 
     @property
@@ -206,7 +215,8 @@ class SDContext:
 
         Args:
             loras: Names in ``lora_dir`` or paths, each with a multiplier: ``{"pencil": 0.8}``, or with options:
-                ``{"pencil": {"te": 0.5, "unet": 1.0, "lbw": "OUTALL"}}``; a list of pairs does as well.
+                ``{"pencil": {"te": 0.5, "unet": 1.0, "lbw": "OUTALL"}}``; a list of pairs does as well. "te" is of all
+                text encoders; "te2" (CLIP-G of SDXL and SD3) and "te3" (T5) say otherwise for one.
 
         Raises:
             BadArgument: An unknown name, or a multiplier that is no finite number.
@@ -224,10 +234,16 @@ class SDContext:
 
     @property
     def lora_state(self) -> dict[str, dict[str, Any]]:
-        """What acts on the first picture, by name: "te" and "unet", and "start", "stop" where they say anything."""
+        """What acts on the first picture, by name: "te" and "unet", and what else says anything.
+
+        That is "te2", "te3" where they differ from "te", and "start", "stop" where it does not act all the time.
+        """
         with self._lock:
             state = self._native.lora_state()
-        uses = [LoraUse(Path(path), te, unet, start, stop) for path, te, unet, start, stop in state]
+        uses = [
+            LoraUse(Path(path), start=start, stop=stop).with_multipliers(te, te2, te3, unet)
+            for path, te, te2, te3, unet, start, stop in state
+        ]
         return multipliers(self._library, uses)
 
     @property
@@ -253,6 +269,12 @@ class SDContext:
             yield lambda: _native.probe_operations(self._native)
         finally:
             _native.probe_profile(self._native, False)
+
+    def peak_rate(self) -> float | None:
+        """Floating-point operations a second that the CPU's kernels make at best, on all threads together: in products
+        that lie in the second-level cache. Takes half a second. None where ggml's own operations run."""
+        with self._lock:
+            return _native.probe_peak(self._native) or None
 
     def close(self) -> None:
         """Frees the model; waits for a picture in work. Closing twice does nothing."""
@@ -281,6 +303,7 @@ class SDContext:
         height: int | None = None,
         steps: int | None = None,
         cfg_scale: float | None = None,
+        guidance_rescale: float | None = None,
         guidance: float | None = None,
         shift: float | None = None,
         seed: int | None = None,
@@ -294,6 +317,13 @@ class SDContext:
         strength: float | None = None,
         mask: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         control_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        original_size: Pair | None = None,
+        crop_top_left: Pair | None = None,
+        target_size: Pair | None = None,
+        negative_original_size: Pair | None = None,
+        negative_crop_top_left: Pair | None = None,
+        negative_target_size: Pair | None = None,
+        reference_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -308,10 +338,13 @@ class SDContext:
             prompts: Instead of prompt and batch_size: one for each picture of a batch, each with its own LoRAs.
             loras: More LoRAs, for all pictures, on top of those in the prompts; see ``apply_loras``. The same one
                 twice acts with the sum.
-            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else the model's own.
+            width: Pixels, a multiple of ``info.size_multiple``; None: as init_image, else as reference_image is best
+                looked at, else the model's own.
             height: Likewise.
             steps: How often the denoiser runs, at least 1.
             cfg_scale: How much more the prompt counts than the negative prompt; 1 turns guidance off.
+            guidance_rescale: Share of the guided output that is brought back to the spread of the prompt's own, from
+                0 to 1, against the glare that models with zero_snr get from guidance (Lin et al., 2023); None: 0.
             guidance: What models that were distilled for guidance are told, as FLUX.1 dev; others take none.
             shift: Of the noise levels of SD3 and FLUX, towards noise where above 1; FLUX's own grows with the picture.
             seed: Of the noise, from 0 to 2**64 - 1; None or -1: a new one.
@@ -327,6 +360,16 @@ class SDContext:
                 a mask hides, as FLUX.1 Fill.
             mask: Where to repaint init_image: white. Likewise; bytes are (height, width).
             control_image: Edges or depths to follow, for FLUX.1 Canny and Depth, and for control LoRAs. Likewise.
+            original_size: SDXL is told that the picture was cut out of one that had this width and height before it was
+                scaled; a small one gives the look of enlarged pictures. None: width and height.
+            crop_top_left: And from where, (top, left) in pixels; None: (0, 0), which centres things.
+            target_size: And the width and height that it has now; None: width and height.
+            negative_original_size: The same for the negative prompt; None: as for the prompt.
+            negative_crop_top_left: Likewise.
+            negative_target_size: Likewise.
+            reference_image: The picture that the prompt says how to change, for FLUX.1 Kontext, which is any model of
+                FLUX.1 dev's structure: nothing in the weights tells the two apart. It is scaled
+                to the trained size of nearest proportions, or less for a smaller picture, see sizes.py.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -357,8 +400,10 @@ class SDContext:
         batch_size = check.whole("batch_size", batch_size, 1) if prompts is None else len(texts)
         seed = _seed(seed, batch_size)
         control = None if control_image is None else open_picture(control_image, "control_image")
+        reference = None if reference_image is None else open_picture(reference_image, "reference_image")
         steps = None if steps is None else check.whole("steps", steps, 1)
         cfg_scale = None if cfg_scale is None else check.number("cfg_scale", cfg_scale)
+        guidance_rescale = None if guidance_rescale is None else check.number("guidance_rescale", guidance_rescale, 0)
         guidance = None if guidance is None else check.number("guidance", guidance, 0)
         shift = None if shift is None else check.number("shift", shift, 0)
         eta = None if eta is None else check.number("eta", eta, 0)
@@ -367,10 +412,19 @@ class SDContext:
         vae_tile = None if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
         if on_step is not None and not callable(on_step):
             raise BadArgument(f"on_step: must be a function, not {type(on_step).__name__}")
+        told: dict[str, Any] = {
+            "original_size": check.pair("original_size", original_size, 1),
+            "crop_top_left": check.pair("crop_top_left", crop_top_left, 0),
+            "target_size": check.pair("target_size", target_size, 1),
+            "negative_original_size": check.pair("negative_original_size", negative_original_size, 1),
+            "negative_crop_top_left": check.pair("negative_crop_top_left", negative_crop_top_left, 0),
+            "negative_target_size": check.pair("negative_target_size", negative_target_size, 1),
+        }
 
         with self._lock:
             info, defaults = self._native.info(), self._native.defaults()
-            width, height = _size(width, height, start.size if start else None, info)
+            like = start.size if start else kontext_size(reference.size) if reference else None
+            width, height = _size(width, height, like, info)
             steps = steps or defaults["steps"]
             cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
             if guidance is None and defaults["guidance"] >= 0:
@@ -382,6 +436,10 @@ class SDContext:
             init_pixels = None if start is None else pixels(start, "RGB", (width, height))
             mask_pixels = None if where is None else pixels(where, "L", (width, height))
             control_pixels = None if control is None else pixels(control, "RGB", (width, height))
+            reference_pixels = None
+            if reference is not None:
+                reference_size = kontext_size(reference.size, width * height, info["size_multiple"])
+                reference_pixels = pixels(reference, "RGB", reference_size)
             uses = [
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
@@ -412,8 +470,12 @@ class SDContext:
                 strength=strength,
                 mask=mask_pixels,
                 control_image=control_pixels,
+                reference_image=reference_pixels,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
+                guidance_rescale=guidance_rescale or 0.0,
+                sizes=_told_sizes(told, ""),
+                negative_sizes=_told_sizes(told, "negative_"),
             )
         parameters = Parameters(
             negative_prompt=negative_prompt,
@@ -421,6 +483,7 @@ class SDContext:
             sampler=sampler,
             scheduler=scheduler,
             cfg_scale=cfg_scale,
+            guidance_rescale=guidance_rescale or None,
             guidance=guidance,
             shift=shift,
             width=width,
@@ -433,8 +496,10 @@ class SDContext:
             init_image_hash=_hash(init_pixels),
             mask_hash=_hash(mask_pixels),
             control_hash=_hash(control_pixels),
+            reference_hash=_hash(reference_pixels),
             backend=info["backend"],
             precision=info["precision"],
+            **told,
             **self._origin(),
         )
         pictures = []
@@ -486,6 +551,7 @@ class SDContext:
         """The fields of Parameters that tell of the model."""
         fields: dict[str, Any] = {
             "prediction": self._prediction,
+            "zero_snr": self._zero_snr,
             "version": f"sdcpp_py {_native.version()}",
         }
         for role, path in {"model": self._path, **self._components}.items():
@@ -511,6 +577,12 @@ def _prompt_texts(prompt: object, prompts: object, batch_size: object) -> list[s
     if batch_size not in (1, len(texts)):
         raise BadArgument(f"batch_size: is {batch_size}, but there are {len(texts)} prompts; leave it out")
     return texts
+
+
+def _told_sizes(told: Mapping[str, Pair | None], which: str) -> tuple[int, int, int, int, int, int]:
+    """In the order of the engine, with what stands for "left out"."""
+    original, target = told[f"{which}original_size"] or (0, 0), told[f"{which}target_size"] or (0, 0)
+    return (*original, *(told[f"{which}crop_top_left"] or (-1, -1)), *target)
 
 
 def _seed(seed: int | None, batch_size: int) -> int:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -33,6 +33,7 @@ SAMPLERS: Final = {
     "dpm++2m_sde": "DPM++ 2M SDE",
     "ddim": "DDIM",
     "lcm": "LCM",
+    "tcd": "TCD",
     "unipc": "UniPC",
 }
 SCHEDULERS: Final = {
@@ -62,6 +63,7 @@ class Parameters:
     sampler: str | None = None
     scheduler: str | None = None
     cfg_scale: float | None = None
+    guidance_rescale: float | None = None
     guidance: float | None = None
     shift: float | None = None
     seed: int | None = None
@@ -80,6 +82,13 @@ class Parameters:
     t5xxl_hash: str | None = None
     t5xxl: str | None = None
     prediction: str | None = None
+    zero_snr: bool | None = None
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
     strength: float | None = None
     clip_skip: int | None = None
     eta: float | None = None
@@ -88,6 +97,7 @@ class Parameters:
     init_image_hash: str | None = None
     mask_hash: str | None = None
     control_hash: str | None = None
+    reference_hash: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -101,12 +111,27 @@ _NEGATIVE = "Negative prompt:"
 _FIELD = re.compile(r'\s*(\w[\w \-/+]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _FIELDS_AT_LEAST = 3  # as webui: a last line with fewer is part of the prompt
 
-# Name in the text, attribute, type. The order is the order in the text.
+_NOISE_SCHEDULES: Final = {True: "Zero Terminal SNR", False: "Default"}
+
+
+def _pair(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
+    if not match:
+        raise ValueError
+    return int(match[1]), int(match[2])
+
+
+def _zero_snr(text: str) -> bool:
+    return {name: value for value, name in _NOISE_SCHEDULES.items()}[text]
+
+
+# Name in the text, attribute, what reads it. The order is the order in the text.
 _FIELDS: Final = (
     ("Steps", "steps", int),
     ("Sampler", "sampler", str),
     ("Schedule type", "scheduler", str),
     ("CFG scale", "cfg_scale", float),
+    ("CFG rescale", "guidance_rescale", float),
     ("Distilled CFG Scale", "guidance", float),  # as forge writes it
     ("Shift", "shift", float),
     ("Seed", "seed", int),
@@ -124,6 +149,13 @@ _FIELDS: Final = (
     ("T5-XXL hash", "t5xxl_hash", str),
     ("T5-XXL", "t5xxl", str),
     ("Prediction", "prediction", str),
+    ("Noise Schedule", "zero_snr", _zero_snr),  # as webui writes it
+    ("Original size", "original_size", _pair),
+    ("Crop top left", "crop_top_left", _pair),
+    ("Target size", "target_size", _pair),
+    ("Negative original size", "negative_original_size", _pair),
+    ("Negative crop top left", "negative_crop_top_left", _pair),
+    ("Negative target size", "negative_target_size", _pair),
     ("Denoising strength", "strength", float),
     ("Clip skip", "clip_skip", int),
     ("Eta", "eta", float),
@@ -132,6 +164,7 @@ _FIELDS: Final = (
     ("Init image hash", "init_image_hash", str),
     ("Mask hash", "mask_hash", str),
     ("Control image hash", "control_hash", str),
+    ("Reference image hash", "reference_hash", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),
@@ -183,8 +216,7 @@ def parse_parameters(text: str) -> Parameters:
     }
     for name, attribute, kind in _FIELDS:
         if name in fields and attribute == "size":
-            size = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", fields.pop(name))
-            values["width"], values["height"] = map(int, size.groups()) if size else (None, None)
+            values["width"], values["height"] = _read(_pair, fields.pop(name)) or (None, None)
         elif name in fields:
             values[attribute] = _read(kind, fields.pop(name))
     for name, attribute in _EXACT.items():
@@ -204,6 +236,10 @@ def _fields(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _quote(value: object) -> str:
+    if isinstance(value, tuple):
+        value = "x".join(map(str, value))
+    elif isinstance(value, bool):
+        value = _NOISE_SCHEDULES[value]
     text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
     plain = text and text == text.strip() and not re.search(r'[,:\n]|^"', text)
     return text if plain else json.dumps(text, ensure_ascii=False)
@@ -216,11 +252,11 @@ def _unquote(text: str) -> str:
     return text.strip()
 
 
-def _read(kind: type, text: str) -> Any:
+def _read(kind: Callable[[str], Any], text: str) -> Any:
     """The value of a field, or None where it is none of its type."""
     try:
         value = kind(text)
-    except ValueError:
+    except (ValueError, KeyError):
         return None
     return None if value != value or value in (float("inf"), float("-inf")) else value
 

@@ -5,7 +5,7 @@
     a [red] heart            1/1.1 times
     a \\(red\\) heart          brackets that are text; \\[ \\] \\\\ likewise
     a red heart BREAK sky    what follows begins a new chunk of 75 tokens
-    <lora:pencil:0.8>        a LoRA: <lora:NAME>, <lora:NAME:TE:UNET>, te=, unet=; see LoraTag
+    <lora:pencil:0.8>        a LoRA: <lora:NAME>, <lora:NAME:TE:UNET>, te=, te2=, te3=, unet=; see LoraTag
 
 Brackets may nest, and weights multiply. A bracket that nothing closes counts to the end of the prompt, one
 that closes nothing is text, a lone backslash disappears: all as webui does. Nothing is encoded here.
@@ -39,11 +39,13 @@ class LoraTag:
 
     Attributes:
         name: As written; not yet a file.
-        te: Multiplier for the text encoder.
+        te: Multiplier for the text encoders.
         unet: Multiplier for the denoiser.
         start: First step that it acts in: a whole number counts from 1, one with a fraction is a share of all.
         stop: Last step that it acts in, likewise.
         lbw: Weights per block, as text.
+        te2: Multiplier for the second text encoder, CLIP-G; None: as te.
+        te3: Multiplier for the third, T5; None: as te.
         other: Arguments that mean nothing to us, in order.
     """
 
@@ -53,6 +55,8 @@ class LoraTag:
     start: int | float | None = None
     stop: int | float | None = None
     lbw: str | None = None
+    te2: float | None = None
+    te3: float | None = None
     other: tuple[str, ...] = ()
 
 
@@ -240,7 +244,7 @@ def _lora_tag(tag: str, inside: str, warnings: list[str]) -> LoraTag:
         key = key.strip()
         if not equals:
             positional.append(_number(tag, argument))
-        elif key in ("te", "unet"):
+        elif key in ("te", "te2", "te3", "unet"):
             named[key] = _number(tag, value)
         elif key in ("start", "stop"):
             steps[key] = _step(tag, value)
@@ -255,10 +259,11 @@ def _lora_tag(tag: str, inside: str, warnings: list[str]) -> LoraTag:
     unet = named.get("unet", positional[1] if len(positional) > 1 else positional[0] if positional else te)
     warnings.extend(
         f"prompt: {multiplier:g} in {shown(tag)} is far beyond the usual 0 to 1"
-        for multiplier in {te, unet}
+        for multiplier in {*named.values(), te, unet}
         if abs(multiplier) > USUAL
     )
-    return LoraTag(name, te, unet, steps.get("start"), steps.get("stop"), lbw, tuple(other))
+    te2, te3 = named.get("te2"), named.get("te3")
+    return LoraTag(name, te, unet, steps.get("start"), steps.get("stop"), lbw, te2, te3, tuple(other))
 
 
 def _number(tag: str, text: str) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import tiny
-from tiny_sdxl import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP
+from tiny_sdxl import KOALA, SD2, SD2_V_DEEP, SDXL, SDXL_DEEP, SSD_1B
 
 SD1 = tiny.TinySD1()
 # Two sizes with attention, more blocks, a narrower autoencoder, inpainting inputs.
@@ -101,6 +101,8 @@ NETWORKS = [
     text("sd2-text-deep-skip-3", SD2_V_DEEP, 3, n=1),
     denoise("sdxl-unet-batch", SDXL, 8, 6, [250.0, 17.25]),
     denoise("sdxl-unet-deep-inpainting", SDXL_DEEP, 8, 4, [250.0]),
+    denoise("ssd-1b-unet", SSD_1B, 8, 8, [500.0]),
+    denoise("koala-unet", KOALA, 8, 4, [250.0]),
     text("sdxl-text", SDXL, 2, n=2),
     text("sdxl-text-skip-1", SDXL, 1, n=1),
     text("sdxl-pooled", SDXL, 2, "pooled"),

@@ -77,6 +77,7 @@ NETWORKS = [
 ]
 
 PICTURE = (np.indices((64, 96)).sum(axis=0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
+TALL = np.ascontiguousarray(PICTURE.swapaxes(0, 1)[:, ::-1])
 MASK = np.zeros((64, 96), np.uint8)
 MASK[13:48, 24:70] = 255
 
@@ -102,6 +103,7 @@ RUNS = [
     Run("flux-img2img", FLUX, "FluxImg2ImgPipeline", {"init_image": PICTURE, "strength": 0.75}),
     Run("flux-fill", FLUX_FILL, "FluxFillPipeline", {"init_image": PICTURE, "mask": MASK, "strength": 1.0}),
     Run("flux-control", FLUX_CONTROL, "FluxControlPipeline", {"control_image": PICTURE}),
+    Run("flux-kontext", FLUX, "FluxKontextPipeline", {"reference_image": TALL, "guidance": 2.5}),
     Run("sd3", SD3, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
     Run(
         "sd3-img2img",

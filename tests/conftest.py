@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,5 +92,26 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
                 path = tiny_dit.save(family.single_tensors(model), path.with_suffix(".safetensors"))
             opened[model, storage] = SDContext(path, threads=1, precision="f32")
         return opened[model, storage]
+
+    return context
+
+
+@pytest.fixture(scope="session")
+def dit_with(dit: Callable[..., SDContext], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
+    """A model with other weights in its transformer, which is a file of its own in the original's bare names."""
+    import tiny_dit
+    from tiny_flux import TinyFlux
+
+    root = tmp_path_factory.mktemp("changed")
+
+    def context(model: Any, weights: Any, **options: Any) -> SDContext:
+        folder = dit(model)._path
+        if not isinstance(weights, Path):
+            weights = tiny_dit.save(weights, root / f"{len(list(root.iterdir()))}.safetensors")
+        parts = {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}
+        if not isinstance(model, TinyFlux):
+            parts = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
+        components = {role: folder / name for role, name in parts.items()}
+        return SDContext(weights, vae=folder / "vae", **components, threads=1, precision="f32", **options)
 
     return context

@@ -14,9 +14,12 @@ import numpy as np
 import reference_lora
 import tiny_flux
 import tiny_sd3
+from cases import noise
 from reference_lora import Factors
 from safetensors.numpy import save_file
 from tiny_dit import Tensors
+
+from sdcpp_py import SDContext, _native
 
 Update = dict[str, Factors]
 Model = tiny_flux.TinyFlux | tiny_sd3.TinySD3
@@ -37,6 +40,16 @@ def swapped(c: Model, module: str) -> bool:
 def original(c: Model) -> Tensors:
     """The transformer's weights in the original layout: float32."""
     return family(c).original_transformer(c, family(c).components(c)["transformer"])
+
+
+def matrices(c: Model) -> list[str]:
+    """The original's modules that are matrices."""
+    weights = original(c)
+    return [m for m in family(c).modules(c) if weights.get(f"{m}.weight", np.zeros(1)).ndim == 2]
+
+
+def split(c: Model, modules: Iterable[str]) -> list[str]:
+    return [part for module in modules for part in family(c).modules(c)[module]]
 
 
 def place(c: Model, path: str) -> tuple[str, slice]:
@@ -101,6 +114,20 @@ def random_update(
         name = f"{module}.scale" if module.endswith("_norm") else f"{module}.weight"
         out[path] = make(rng, weights[name][rows])
     return out
+
+
+def denoise(context: SDContext, model: Model, channels: int = 0) -> np.ndarray:
+    """One run of the transformer, of so many input channels."""
+    is_flux = isinstance(model, tiny_flux.TinyFlux)
+    inputs = {
+        "latent": noise("latent", 1, channels or (model.inputs // 4 if is_flux else 16), 4, 6),
+        "time": np.float32([731.0]),
+        "text": noise("text", 1, 5, model.context),
+        "pooled": noise("pooled", 1, model.pooled if is_flux else model.clip_l + model.clip_g),
+    }
+    if is_flux and model.guidance:
+        inputs["guidance"] = np.float32([3.5])
+    return _native.probe_run(context._native, "denoise", **inputs)
 
 
 # ---- spellings -----------------------------------------------------------------------------------------

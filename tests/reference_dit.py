@@ -154,6 +154,8 @@ class Truth:
             arguments["latents"] = pack(noise, 1, 16, height // 8, width // 8)
         else:
             arguments["latents"] = noise
+        if "Kontext" in run.pipeline:  # which takes the latent of a picture as well
+            arguments |= {"image": self.latent(tensor_of(request["reference_image"])), "max_area": width * height}
         if "Fill" in run.pipeline:
             mask = torch.from_numpy((request["mask"] >= 128).astype(np.float32))[None, None]
             arguments |= {

@@ -92,6 +92,10 @@ RANDN = {"cpu": CpuRandn, "cuda": CudaRandn}
 
 # sigma by timestep of Stable Diffusion 1.x
 TRAINED = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)
+# and of a model with zero terminal SNR: sqrt(alpha_bar) moved to end at 2^-12 (diffusers' stand-in for 0)
+_KEPT = 1 / np.sqrt(1 + TRAINED**2)
+_MOVED = (_KEPT - _KEPT[-1]) / (_KEPT[0] - _KEPT[-1]) * _KEPT[0]
+ZERO_SNR = np.sqrt(1 / np.append(_MOVED[:-1], 2.0**-12) ** 2 - 1)
 AYS_SD1 = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029]
 
 
@@ -143,15 +147,21 @@ def sigmas(scheduler: str, steps: int) -> Array:
 # ------------------------------------------------------------------------------------------- samplers
 
 
-def toy_denoiser(x, sigma: float) -> Array:
-    """The exact D(x, sigma) where every number of a clean latent is drawn from a mixture of two Gaussians."""
+def toy_denoiser(x, sigma: float, alpha: float = 1.0) -> Array:
+    """The exact D(x, sigma) where every number of a clean latent is drawn from a mixture of two Gaussians, and x is
+    alpha times that plus sigma times noise."""
     x = np.asarray(x, np.float64)[..., None]
     share, mean, variance = np.array([0.4, 0.6]), np.array([-0.5, 0.7]), np.array([0.25, 0.1])
-    spread = variance + sigma**2
-    log_weight = np.log(share) - np.log(spread) / 2 - (x - mean) ** 2 / (2 * spread)
+    spread = alpha**2 * variance + sigma**2
+    log_weight = np.log(share) - np.log(spread) / 2 - (x - alpha * mean) ** 2 / (2 * spread)
     weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))
-    estimate = (mean * sigma**2 + x * variance) / spread
+    estimate = (mean * sigma**2 + alpha * x * variance) / spread
     return (weight * estimate).sum(-1) / weight.sum(-1)
+
+
+def toy_flow(x, sigma: float) -> Array:
+    """The same of a rectified flow: x = (1 - sigma) x0 + sigma noise."""
+    return toy_denoiser(x, sigma, 1 - sigma)
 
 
 def _ancestral(sigma: float, following: float, eta: float) -> tuple[float, float]:
@@ -231,6 +241,26 @@ def _lcm(x, s, eta, denoise, noise):
     return x
 
 
+def _tcd(x, s, eta, denoise, noise):
+    """In the paper's variables: alpha x0 + beta noise, and timesteps."""
+
+    def alpha_beta(sigma: float) -> tuple[float, float]:
+        return (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
+
+    for now, following in pairwise(s):
+        clean = denoise(x, now)
+        timestep = float(np.interp(math.log(following), np.log(TRAINED), np.arange(1000))) if following else 0.0
+        beyond = following
+        if eta and following:
+            beyond = float(sigma_at(math.floor(max(0.0, 1 - eta) * timestep + 1e-3)))
+            beyond = beyond if beyond < following * (1 - 1e-6) else following
+        (a, b), (a_next, _) = alpha_beta(beyond), alpha_beta(following)
+        y = a_next / a * (a * clean + b * (x - clean) / now)
+        y = y + (1 - (a_next / a) ** 2) ** 0.5 * noise() if beyond < following else y
+        x = y / a_next
+    return x
+
+
 def _unipc(x, s, eta, denoise, noise):
     """B(h) = e^h - 1 of Zhao 2023 with its linear system solved as such, whatever the order."""
     lam = [-math.log(sigma) if sigma else math.inf for sigma in s]
@@ -264,6 +294,91 @@ def _unipc(x, s, eta, denoise, noise):
     return x
 
 
+# ---- rectified flows, x = (1 - sigma) x0 + sigma noise. Without noise they are stepped as above.
+
+
+def _flow_renoise(now, following, eta):
+    """How far down a step goes, what of it is kept, and how much noise brings the variance back to following^2."""
+    down = following * max(0.0, 1 + eta * (following / now - 1))
+    kept = (1 - following) / (1 - down)
+    return down, kept, max(0.0, following**2 - (kept * down) ** 2) ** 0.5
+
+
+def _flow_euler(x, s, eta, denoise, noise):
+    for now, following in pairwise(s):
+        down, kept, up = _flow_renoise(now, following, eta)
+        velocity = (x - denoise(x, now)) / now
+        x = kept * (x + (down - now) * velocity)
+        x = x + up * noise() if up else x
+    return x
+
+
+def _flow_dpm2(x, s, eta, denoise, noise):
+    for now, following in pairwise(s):
+        down, kept, up = _flow_renoise(now, following, eta)
+        velocity = (x - denoise(x, now)) / now
+        if down:
+            half = math.exp((math.log(now) + math.log(down)) / 2)
+            middle = x + (half - now) * velocity
+            velocity = (middle - denoise(middle, half)) / half
+        x = kept * (x + (down - now) * velocity)
+        x = x + up * noise() if up else x
+    return x
+
+
+def _flow_dpmpp_2s(x, s, eta, denoise, noise):
+    for now, following in pairwise(s):
+        down, kept, up = _flow_renoise(now, following, eta)
+        clean = denoise(x, now)
+        if down:
+            logit = (math.log(now / (1 - now)) + math.log(down / (1 - down))) / 2 if now < 1 else math.inf
+            half = 1 / (1 + math.exp(-logit)) if now < 1 else 0.9999
+            clean = denoise(half / now * x + (1 - half / now) * clean, half)
+        x = kept * (down / now * x + (1 - down / now) * clean)
+        x = x + up * noise() if up else x
+    return x
+
+
+def _flow_dpmpp_2m(x, s, eta, denoise, noise):
+    if not eta:
+        return _dpmpp_2m(x, s, eta, denoise, noise)
+    before = h_before = None
+    for now, following in pairwise(s):
+        clean = denoise(x, now)
+        if following == 0:
+            return clean
+        # steps in log((1 - sigma) / sigma), of which the first from sigma = 1 is infinite
+        h = math.log((1 - following) / following) - (math.log((1 - now) / now) if now < 1 else -math.inf)
+        x = following / now * math.exp(-eta * h) * x + (1 - following) * -math.expm1(-(1 + eta) * h) * clean
+        if before is not None:
+            x = x - 0.5 * (1 - following) * math.expm1(-(1 + eta) * h) * h / h_before * (clean - before)
+        x = x + following * (1 - math.exp(-2 * eta * h)) ** 0.5 * noise()
+        before, h_before = clean, h
+    return x
+
+
+def _flow_lcm(x, s, eta, denoise, noise):
+    for now, following in pairwise(s):
+        x = (1 - following) * denoise(x, now)
+        x = x + following * noise() if following else x
+    return x
+
+
+OF_FLOWS = {
+    _euler: _flow_euler,
+    _dpm2: _flow_dpm2,
+    _dpmpp_2s: _flow_dpmpp_2s,
+    _dpmpp_2m: _flow_dpmpp_2m,
+    _lcm: _flow_lcm,
+}
+
+
+def flow_sigmas(steps: int, shift: float = 3.0, first: float = 1.0) -> tuple[float, ...]:
+    """Evenly spaced ones from `first` to 0, shifted, in float32 as the engine takes them."""
+    t = np.linspace(first, 0, steps + 1)
+    return tuple((shift * t / (1 + (shift - 1) * t)).astype(np.float32).tolist())
+
+
 # name: method, the sampler's own eta, whether the caller may choose another
 SAMPLERS = {
     "euler": (_euler, 0.0, False),
@@ -276,6 +391,7 @@ SAMPLERS = {
     "dpm++2m_sde": (_dpmpp_2m, 1.0, True),
     "ddim": (_euler, 0.0, True),
     "lcm": (_lcm, 0.0, False),
+    "tcd": (_tcd, 0.3, True),
     "unipc": (_unipc, 0.0, False),
 }
 
@@ -290,6 +406,7 @@ class Case(NamedTuple):
     seed: int = 7
     images: int = 2
     size: int = 40  # numbers of an image; not a multiple of 16, which torch treats differently
+    flow: bool = False
 
     def start(self) -> NDArray[np.float32]:
         """What generate() begins with: the first noise of each image's stream, times the first sigma."""
@@ -304,8 +421,10 @@ class Case(NamedTuple):
         return lambda: np.stack([stream(self.size) for stream in streams])
 
 
-def sample(case: Case, denoise: Denoise = toy_denoiser) -> Array:
+def sample(case: Case, denoise: Denoise | None = None) -> Array:
     """The truth for a case, in float64."""
     method, own_eta, takes_eta = SAMPLERS[case.sampler]
+    method = OF_FLOWS.get(method, method) if case.flow else method
+    denoise = denoise or (toy_flow if case.flow else toy_denoiser)
     eta = case.eta if takes_eta and case.eta >= 0 else own_eta
     return method(case.start().astype(np.float64), list(case.sigmas), eta, denoise, case.noise())

@@ -27,6 +27,8 @@ class TinySD1:
     unet_widths: tuple[int, ...] = (32, 64)
     unet_attends: tuple[bool, ...] = (True, False)
     unet_depths: tuple[int, ...] = (1, 1, 1, 1)
+    unet_up_depths: tuple[tuple[int, ...], ...] = ()  # by block and attention of the way up; else as the way down
+    unet_middle: str = "whole"  # or "residual", one block without attention, or "none"
     unet_blocks: int = 1
     unet_inputs: int = 4
     text_width: int = 64
@@ -36,6 +38,7 @@ class TinySD1:
     vae_scale: float = 0.18215
     heads: int = 8
     prediction: str = "epsilon"
+    zero_snr: bool = False
     open_clip: bool = False  # the only encoder is OpenCLIP's: gelu, and padded with "!"
     head_size: int = 0  # instead of `heads`; then proj_in and proj_out are matrices, too
     text_2_width: int = 0  # of XL's OpenCLIP-bigG
@@ -122,15 +125,18 @@ def unet_shapes(c: TinySD1) -> Shapes:
         if level < last:
             conv(s, f"down_blocks.{level}.downsamplers.0.conv", width, width, 3)
             skips.append(width)
-    residual("mid_block.resnets.0", width, width)
-    transformer("mid_block.attentions.0", width, c.unet_depths[last])
-    residual("mid_block.resnets.1", width, width)
+    if c.unet_middle != "none":
+        residual("mid_block.resnets.0", width, width)
+    if c.unet_middle == "whole":
+        transformer("mid_block.attentions.0", width, c.unet_depths[last])
+        residual("mid_block.resnets.1", width, width)
     for index, out in enumerate(reversed(c.unet_widths)):
         for i in range(c.unet_blocks + 1):
             residual(f"up_blocks.{index}.resnets.{i}", width + skips.pop(), out)
             width = out
             if c.unet_attends[last - index]:
-                transformer(f"up_blocks.{index}.attentions.{i}", width, c.unet_depths[last - index])
+                depth = c.unet_up_depths[index][i] if c.unet_up_depths else c.unet_depths[last - index]
+                transformer(f"up_blocks.{index}.attentions.{i}", width, depth)
         if index < last:
             conv(s, f"up_blocks.{index}.upsamplers.0.conv", width, width, 3)
     norm(s, "conv_norm_out", width)
@@ -250,6 +256,10 @@ def configs(c: TinySD1) -> dict[str, dict[str, object]]:
     levels = len(c.vae_widths)
     heads = [width // c.head_size for width in c.unet_widths] if c.head_size else c.heads
     unet: dict[str, object] = {"transformer_layers_per_block": list(c.unet_depths[: len(c.unet_widths)])}
+    if c.unet_up_depths:
+        unet["reverse_transformer_layers_per_block"] = [list(depths) for depths in c.unet_up_depths]
+    if c.unet_middle != "whole":
+        unet["mid_block_type"] = {"residual": "UNetMidBlock2D", "none": None}[c.unet_middle]
     if c.head_size:
         unet["use_linear_projection"] = True
     if c.vector_width:
@@ -324,6 +334,8 @@ def write_folder(c: TinySD1, folder: Path, dtype: str = "float32") -> Path:
         )
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": c.prediction}
+    if c.zero_snr:
+        scheduler["rescale_betas_zero_snr"] = True
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     index = {"_class_name": c.pipeline}
     (folder / "model_index.json").write_text(json.dumps(index))

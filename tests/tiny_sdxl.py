@@ -43,6 +43,43 @@ SDXL_DEEP = tiny.TinySD1(
     pipeline="StableDiffusionXLPipeline",
 )
 
+# As Segmind's SSD-1B: no attention in the middle, and other depths on the way up than on the way down.
+SSD_1B = tiny.TinySD1(
+    unet_widths=(64, 64, 128),
+    unet_attends=(False, True, True),
+    unet_depths=(1, 2, 3),
+    unet_up_depths=((3, 3, 4), (2, 1, 1), (1, 1, 1)),
+    unet_middle="residual",
+    unet_blocks=2,
+    head_size=64,
+    text_2_width=128,
+    vae_scale=0.13025,
+    pipeline="StableDiffusionXLPipeline",
+)
+# As KOALA-700M: one block a level, and nothing in the middle.
+KOALA = tiny.TinySD1(
+    unet_widths=(64, 64, 128),
+    unet_attends=(False, True, True),
+    unet_depths=(1, 2, 3),
+    unet_middle="none",
+    head_size=64,
+    text_2_width=128,
+    vae_scale=0.13025,
+    pipeline="StableDiffusionXLPipeline",
+)
+# As NoobAI's v-prediction model.
+SDXL_V = tiny.TinySD1(
+    unet_widths=(64, 128),
+    unet_attends=(False, True),
+    unet_depths=(1, 2),
+    head_size=64,
+    text_2_width=128,
+    vae_scale=0.13025,
+    prediction="v_prediction",
+    zero_snr=True,
+    pipeline="StableDiffusionXLPipeline",
+)
+
 Tensors = dict[str, np.ndarray]
 
 

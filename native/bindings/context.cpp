@@ -31,7 +31,7 @@ py::dict info(const Context & context) {
                     "size_multiple"_a = info.size_multiple, "native_size"_a = info.native_size,
                     "latent_channels"_a = info.latent_channels, "latent_cell"_a = info.latent_cell,
                     "input_channels"_a = info.input_channels, "weight_bytes"_a = info.weight_bytes,
-                    "n_weights"_a = info.n_weights);
+                    "n_weights"_a = info.n_weights, "zero_snr"_a = info.zero_snr);
 }
 
 py::dict defaults(const Context & context) {
@@ -103,7 +103,7 @@ int count_tokens(const Context & context, const std::string & words) {
 Context::Context(const std::string & model, const std::map<std::string, std::string> & components,
                  const std::string & data_dir, const Name & backend, int threads, const Name & precision, const Name & prediction,
                  const Name & lora_mode, const Name & base_copy, bool requantise, bool strict_loras,
-                 size_t lora_cache) {
+                 size_t lora_cache, std::optional<bool> zero_snr) {
     std::vector<sd_component> parts;
     for (const auto & [role, path] : components) {
         parts.push_back({c_text(role, "components"), c_text(path, role.c_str())});
@@ -117,6 +117,7 @@ Context::Context(const std::string & model, const std::map<std::string, std::str
     params.threads = threads;
     params.precision = c_text(precision, "precision");
     params.prediction = c_text(prediction, "prediction");
+    params.zero_snr = zero_snr ? (*zero_snr ? 1 : -1) : 0;
     params.lora_mode = c_text(lora_mode, "lora_mode");
     params.base_copy = c_text(base_copy, "base_copy");
     params.requantise = requantise;
@@ -147,10 +148,12 @@ std::shared_ptr<sd_ctx> Context::handle() const {
 ContextClass bind_context(py::module_ & m) {
     return ContextClass(m, "Context")
         .def(py::init<const std::string &, const std::map<std::string, std::string> &, const std::string &,
-                      const Name &, int, const Name &, const Name &, const Name &, const Name &, bool, bool, size_t>(),
+                      const Name &, int, const Name &, const Name &, const Name &, const Name &, bool, bool, size_t,
+                      std::optional<bool>>(),
              "model"_a, py::kw_only(), "components"_a = py::dict(), "data_dir"_a, "backend"_a = py::none(),
              "threads"_a = 0, "precision"_a = py::none(), "prediction"_a = py::none(), "lora_mode"_a = py::none(),
-             "base_copy"_a = py::none(), "requantise"_a = false, "strict_loras"_a = false, "lora_cache"_a = 0)
+             "base_copy"_a = py::none(), "requantise"_a = false, "strict_loras"_a = false, "lora_cache"_a = 0,
+             "zero_snr"_a = py::none())
         .def("close", &Context::close)
         .def_property_readonly("closed", &Context::closed)
         .def("info", info)

@@ -2,6 +2,7 @@
 #include "loras.h"
 
 #include <algorithm>
+#include <array>
 #include <memory>
 
 namespace binding {
@@ -10,6 +11,7 @@ namespace {
 
 using Span = std::pair<std::optional<std::string>, float>; // no text: BREAK
 using Spans = std::vector<Span>;
+using ToldSizes = std::array<int, 6>; // as sd_sizes
 using LoraLists = std::vector<std::vector<py::dict>>; // per prompt
 
 // What on_step is given to look at the picture so far; dead outside of the call.
@@ -103,6 +105,8 @@ class Prompts {
     std::vector<sd_prompt> prompts_;
 };
 
+sd_sizes to_sizes(const ToldSizes & from) { return {from[0], from[1], from[2], from[3], from[4], from[5]}; }
+
 // Height, width, and channels where there are some, as the request has them; null where there is no picture.
 const uint8_t * pixels(const std::optional<Bytes> & picture, const char * argument, int width, int height,
                        int channels) {
@@ -139,7 +143,9 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
                uint64_t seed, int batch_size, const Name & sampler, const Name & scheduler, const Name & rng,
                float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
                const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
-               const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image) {
+               const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image,
+               const std::optional<Bytes> & reference_image, float guidance_rescale, const ToldSizes & sizes,
+               const ToldSizes & negative_sizes) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
     const int cell = std::max(1, sd_get_model_info(ctx.get()).latent_cell);
@@ -154,6 +160,9 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.height = height;
     request.steps = steps;
     request.cfg_scale = cfg_scale;
+    request.guidance_rescale = guidance_rescale;
+    request.sizes = to_sizes(sizes);
+    request.negative_sizes = to_sizes(negative_sizes);
     request.guidance = guidance;
     request.shift = shift;
     request.seed = seed;
@@ -167,6 +176,12 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     request.strength = strength;
     request.mask = pixels(mask, "mask", width, height, 1);
     request.control_image = pixels(control_image, "control_image", width, height, 3);
+    if (reference_image && reference_image->ndim() == 3) { // of any size
+        request.reference_height = static_cast<int>(reference_image->shape(0));
+        request.reference_width = static_cast<int>(reference_image->shape(1));
+    }
+    request.reference_image =
+        pixels(reference_image, "reference_image", request.reference_width, request.reference_height, 3);
     request.vae_tile = vae_tile;
     request.on_step = on_step.is_none() ? nullptr : Run::step;
     request.keep_going = Run::keep_going;
@@ -190,7 +205,10 @@ void bind_generate(py::module_ & m, ContextClass & context) {
     context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
-                "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none());
+                "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none(),
+                "reference_image"_a = py::none(),
+                "guidance_rescale"_a = 0.0F, "sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0},
+                "negative_sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0});
 }
 
 } // namespace binding

@@ -14,8 +14,8 @@ Loras::Loras(const std::vector<py::dict> & all) {
             blocks.push_back({c_text(prefix, "blocks"), factor});
         }
         const auto number = [&](const char * key) { return all[i][key].cast<double>(); };
-        loras_.push_back({c_text(paths_[i], "path"), number("te"), number("unet"), number("start"),
-                          number("stop"), blocks.data(), static_cast<int>(blocks.size())});
+        loras_.push_back({c_text(paths_[i], "path"), {number("te"), number("te2"), number("te3")}, number("unet"),
+                          number("start"), number("stop"), blocks.data(), static_cast<int>(blocks.size())});
     }
 }
 
@@ -32,13 +32,14 @@ void reset_loras(const Context & context) {
     check(released([&] { return sd_reset_loras(ctx.get()); }));
 }
 
-// (path, text, unet, start, stop) of each that acts on an image.
+// (path, te, te2, te3, unet, start, stop) of each that acts on an image.
 py::list lora_state(const Context & context, int image) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     py::list out;
     sd_lora lora;
     for (int i = 0; sd_get_lora(ctx.get(), image, i, &lora); i++) {
-        out.append(py::make_tuple(text(lora.path), lora.text, lora.unet, lora.start, lora.stop));
+        out.append(py::make_tuple(text(lora.path), lora.text[0], lora.text[1], lora.text[2], lora.unet, lora.start,
+                                  lora.stop));
     }
     return out;
 }

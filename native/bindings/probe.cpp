@@ -100,6 +100,13 @@ py::list probe_operations(const Context & context) {
     return out;
 }
 
+double probe_peak(const Context & context) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    double flops = 0;
+    check(sd_probe_peak(ctx.get(), &flops));
+    return flops;
+}
+
 // Runs a probe that gives one row of numbers.
 template <class Probe>
 Floats row(Probe && probe) {
@@ -145,14 +152,14 @@ Floats probe_noise(const std::string & rng, uint64_t seed, int64_t n) {
     return row([&](sd_receive receive, void * user) { return sd_probe_noise(name, seed, n, receive, user); });
 }
 
-Floats probe_sigmas(const std::string & scheduler, int steps) {
+Floats probe_sigmas(const std::string & scheduler, int steps, bool zero_snr) {
     const char * name = c_text(scheduler, "scheduler");
-    return row([&](sd_receive receive, void * user) { return sd_probe_sigmas(name, steps, receive, user); });
+    return row([&](sd_receive receive, void * user) { return sd_probe_sigmas(name, steps, zero_snr, receive, user); });
 }
 
 // `x` holds one image per row of its first dimension; `denoise` gets an array of that shape.
 Floats probe_sample(const std::string & sampler, const Floats & sigmas, const py::function & denoise,
-                    const Floats & x, const std::string & rng, uint64_t seed, int64_t skip, float eta) {
+                    const Floats & x, const std::string & rng, uint64_t seed, int64_t skip, float eta, bool flow) {
     struct Call {
         const py::function & denoise;
         Sizes shape;
@@ -180,7 +187,7 @@ Floats probe_sample(const std::string & sampler, const Floats & sigmas, const py
     const int images = static_cast<int>(call.shape[0]);
     const sd_status status = released([&] {
         return sd_probe_sample(sampler_text, sigmas.data(), static_cast<int>(sigmas.size()), rng_text, seed,
-                               skip, eta, data, out.size(), images, denoiser, &call);
+                               skip, eta, flow, data, out.size(), images, denoiser, &call);
     });
     call.raised.rethrow();
     check(status);
@@ -222,13 +229,14 @@ void bind_probe(py::module_ & m) {
     m.def("probe_weights", probe_weights, "context"_a);
     m.def("probe_profile", probe_profile, "context"_a, "on"_a);
     m.def("probe_operations", probe_operations, "context"_a);
+    m.def("probe_peak", probe_peak, "context"_a, py::call_guard<py::gil_scoped_release>());
     m.def("probe_clip_tokens", probe_clip_tokens, "merges_path"_a, "text"_a);
     m.def("probe_t5_tokens", probe_t5_tokens, "path"_a, "text"_a, "data_dir"_a = "");
     m.def("probe_t5", probe_t5, "path"_a, "ids"_a, "mask"_a = py::none());
     m.def("probe_noise", probe_noise, "rng"_a, "seed"_a, "n"_a);
-    m.def("probe_sigmas", probe_sigmas, "scheduler"_a, "steps"_a);
+    m.def("probe_sigmas", probe_sigmas, "scheduler"_a, "steps"_a, "zero_snr"_a = false);
     m.def("probe_sample", probe_sample, "sampler"_a, "sigmas"_a, "denoise"_a, "x"_a, py::kw_only(),
-          "rng"_a = "cpu", "seed"_a = 0, "skip"_a = 0, "eta"_a = -1.0f);
+          "rng"_a = "cpu", "seed"_a = 0, "skip"_a = 0, "eta"_a = -1.0f, "flow"_a = false);
     m.def("probe_checkpoint", probe_checkpoint, "path"_a, "data"_a = true);
 }
 

@@ -104,6 +104,7 @@ typedef struct sd_open_params {
     int                  threads;      // 0: one per core
     const char *         precision;    // of products on the CPU: "f32", "bf16"; NULL or "auto": as the processor likes
     const char *         prediction;   // "eps" or "v"; NULL: as the file says, else the family's own
+    int                  zero_snr;     // of the highest noise level, which is noise alone then: 1 yes, -1 no, 0: as the file says
     const char *         lora_mode;    // NULL: "runtime"
     const char *         base_copy;    // "file" (NULL): the model is mapped; "ram": read whole, and may then change or vanish
     bool                 requantise;   // a touched quantised weight goes back to its type; else it is held in f16
@@ -133,6 +134,7 @@ typedef struct sd_model_info {
     size_t       weight_bytes;   // as resident
     int          n_weights;
     int          latent_cell;    // side of a latent's cell in pixels: 8 for Stable Diffusion
+    bool         zero_snr;       // whether the highest noise level is noise alone
 } sd_model_info;
 
 // Strings live as long as the context. Of no context: all zeros.
@@ -213,7 +215,8 @@ typedef struct sd_lora_block {
 
 typedef struct sd_lora {
     const char *          path;        // a .safetensors or .gguf file, or a folder that PEFT saved
-    double                text, unet;  // multipliers of the text encoder and of the denoiser
+    double                text[3];     // multipliers of the text encoders: CLIP-L or the only one, CLIP-G, T5
+    double                unet;        // and of the denoiser
     double                start, stop; // of the steps, as fractions: 0 and 1 for all
     const sd_lora_block * blocks;
     int                   n_blocks;
@@ -234,14 +237,25 @@ typedef bool (*sd_on_step)(int step, int steps, void * user);
 // each network; return false to stop.
 typedef bool (*sd_keep_going)(void * user);
 
+// What SDXL is told of a picture: that it is a cut, from this corner, of one that had the original size before it was
+// scaled, and has the target size now. Pixels. What is left out is the picture's own, not cropped; of the negative
+// prompt's sizes it is as the others.
+typedef struct sd_sizes {
+    int original_width, original_height; // 0: left out
+    int crop_top, crop_left;             // below 0: left out
+    int target_width, target_height;     // 0: left out
+} sd_sizes;
+
 typedef struct sd_request {
     const sd_prompt * prompts;          // one, or one per image
     int               n_prompts;
     const sd_prompt * negative_prompts; // none, one, or one per image
     int               n_negative_prompts;
     int               width, height;
+    sd_sizes          sizes, negative_sizes; // of SDXL alone
     int               steps;
     float             cfg_scale;        // 1 turns guidance off
+    float             guidance_rescale; // share of the guided output that is brought to the prompt's own spread, 0 to 1
     float             guidance;         // what models distilled for guidance are told, as FLUX.1 dev; < 0: their own
     float             shift;            // of the noise levels of rectified flows, as SD3 and FLUX; 0: their own
     uint64_t          seed;             // image k of a batch is the image of seed + k alone
@@ -255,6 +269,8 @@ typedef struct sd_request {
     float             strength;         // of the change to init_image, 0 to 1
     const uint8_t *   mask;             // width * height grey, 255 where to repaint; needs init_image; or NULL
     const uint8_t *   control_image;    // width * height RGB, edges or depths, for models that need one; or NULL
+    const uint8_t *   reference_image;  // reference_width * reference_height RGB, for FLUX.1 Kontext to look at; or NULL
+    int               reference_width, reference_height;
     int               vae_tile;         // decode and encode in tiles of this many pixels; 0: only where needed
     sd_on_step        on_step;          // may be NULL
     sd_keep_going     keep_going;       // may be NULL

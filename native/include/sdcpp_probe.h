@@ -52,6 +52,10 @@ SD_API sd_status sd_probe_profile(sd_ctx * ctx, bool on);
 // Fills `cost` and returns true, or returns false past the end. Strings live until the next picture.
 SD_API bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost);
 
+// Additions and multiplications a second that the CPU's kernels make in products that lie in the second-level cache, on all
+// threads: what their rates in a picture are held against. Takes half a second. 0 where ggml's operations run.
+SD_API sd_status sd_probe_peak(sd_ctx * ctx, double * flops);
+
 // What the denoiser is told of a text, with the words that the context has learned: [width, tokens].
 SD_API sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user);
 
@@ -81,16 +85,16 @@ SD_API sd_status sd_probe_t5(const char * path, const sd_tensor * ids, const sd_
 // What torch.randn(n) gives: [n].
 SD_API sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive receive, void * user);
 
-// Noise levels of a Stable Diffusion 1.x run: [steps + 1].
-SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user);
+// Noise levels of a Stable Diffusion 1.x run: [steps + 1]; of a model whose highest one is noise alone.
+SD_API sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_receive receive, void * user);
 
 // The denoiser of a sampler under test: x and denoised are [n]; return false to stop.
 typedef bool (*sd_probe_denoiser)(const float * x, float sigma, float * denoised, int64_t n, void * user);
 
 // Runs a sampler alone over `images` images one after another in `x`: [n]. Image k draws from seed + k,
-// after `skip` normal numbers of the same stream.
+// after `skip` normal numbers of the same stream. `flow`: of a rectified flow.
 SD_API sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng,
-                                 uint64_t seed, int64_t skip, float eta, float * x, int64_t n, int images,
+                                 uint64_t seed, int64_t skip, float eta, bool flow, float * x, int64_t n, int images,
                                  sd_probe_denoiser denoise, void * user);
 
 // The tensors of a checkpoint as stored, without opening a model: calls `each` once per tensor.

@@ -1,14 +1,17 @@
 #include "context.h"
 
 #include "core/error.h"
+#include "families/distilled.h"
 #include "pixels.h"
 #include "preview.h"
 #include "sampling/sampler.h"
 #include "tiles.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 namespace sd {
 
@@ -49,6 +52,7 @@ namespace {
 
 constexpr int     max_side = 16384;   // pixels
 constexpr int     max_steps = 10000;
+constexpr int     max_told = 1 << 16; // pixels of a side that SDXL is told
 constexpr int     max_batch = 1024;
 constexpr int     auto_tile = 512;    // pixels
 constexpr int64_t whole_picture = 1024 * 1024; // pixels that go through the autoencoder without tiles
@@ -95,11 +99,15 @@ Context::Context(const OpenParams & params)
     : log_(params.log), device_(params.backend, params.threads, params.precision),
       weights_(Checkpoint::open(params.model, params.components, params.in_ram)),
       family_(&recognise(weights_.checkpoint())),
-      pipeline_(family_->open(weights_, {params.data_dir, params.prediction})), runner_(device_, weights_),
+      pipeline_(family_->open(weights_, {params.data_dir, params.prediction, params.zero_snr})), runner_(device_, weights_),
       lora_names_(weights_),
       loras_(weights_, device_,
-             [this](const std::string & path) { return read_lora(path, lora_names_, written(*family_)); },
+             [this](const std::string & path) { return read_with_settings(path); },
              params.loras) {
+    if (pipeline_->prediction() == Prediction::flow && (!params.prediction.empty() || params.zero_snr.value_or(false))) {
+        fail(Status::bad_argument, "prediction and zero_snr: a model of %s is a rectified flow, which has neither",
+             written(*family_).c_str());
+    }
     weights_.load(device_);
     if (log_) {
         log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
@@ -127,6 +135,10 @@ void Context::complete(Request & r) const {
     if (!std::isfinite(r.cfg_scale)) {
         fail(Status::bad_argument, "cfg_scale %g: must be a finite number", static_cast<double>(r.cfg_scale));
     }
+    if (!(r.guidance_rescale >= 0 && r.guidance_rescale <= 1)) {
+        fail(Status::bad_argument, "guidance_rescale %g: must be between 0 and 1", static_cast<double>(r.guidance_rescale));
+    }
+    complete_sizes(r);
     if (!std::isfinite(r.eta)) {
         fail(Status::bad_argument, "eta %g: must be a finite number", static_cast<double>(r.eta));
     }
@@ -150,6 +162,14 @@ void Context::complete(Request & r) const {
     if (r.mask && !r.init_image) {
         fail(Status::bad_argument, "a mask was given without init_image, the picture that it masks");
     }
+    if (r.reference_image && (r.reference_width < multiple || r.reference_height < multiple || r.reference_width > max_side ||
+                              r.reference_height > max_side || r.reference_width % multiple != 0 || r.reference_height % multiple != 0)) {
+        fail(Status::bad_argument, "reference_image of %d x %d: both must be multiples of %d, at most %d", r.reference_width,
+             r.reference_height, multiple, max_side);
+    }
+    if (r.reference_image && !pipeline_->takes_reference()) {
+        fail(Status::bad_argument, "a reference_image was given, but this model does not look at one; FLUX.1 Kontext does");
+    }
     if (r.vae_tile < 0 || r.vae_tile > max_side || r.vae_tile % (4 * multiple) != 0) {
         fail(Status::bad_argument, "vae_tile %d: must be 0 or a multiple of %d pixels", r.vae_tile, 4 * multiple);
     }
@@ -168,12 +188,35 @@ void Context::complete(Request & r) const {
         r.guidance = defaults.guidance;
     }
     r.sampler = r.sampler.empty() ? defaults.sampler : r.sampler;
-    if (pipeline_->prediction() == Prediction::flow && adds_noise(r.sampler, r.eta)) {
-        fail(Status::bad_argument, "sampler '%s' adds noise at each step, which is not known here for models of rectified "
-             "flows, as this one is; use one that adds none, as '%s' or 'dpm++2m'", r.sampler.c_str(), defaults.sampler);
-    }
     r.scheduler = r.scheduler.empty() ? defaults.scheduler : r.scheduler;
     r.rng = r.rng.empty() ? rng_names().front() : r.rng;
+}
+
+// Sizes that were left out are the picture's own, not cropped; of the negative ones as the others.
+void Context::complete_sizes(Request & r) const {
+    const auto each = [](PictureSizes & s) {
+        return std::array<int *, 6>{&s.original_width, &s.original_height, &s.crop_top,
+                                    &s.crop_left,      &s.target_width,    &s.target_height};
+    };
+    const auto is_crop = [](size_t i) { return i == 2 || i == 3; };
+    const auto is_given = [&](size_t i, int pixels) { return is_crop(i) ? pixels >= 0 : pixels != 0; };
+    PictureSizes own{r.width, r.height, 0, 0, r.width, r.height};
+    const auto   fill = [&](PictureSizes & sizes, PictureSizes & usual) {
+        const auto values = each(sizes), other = each(usual);
+        for (size_t i = 0; i < values.size(); ++i) {
+            if (!is_given(i, *values[i])) {
+                *values[i] = *other[i];
+            } else if (!pipeline_->takes_sizes()) {
+                fail(Status::bad_argument, "original_size, crop_top_left and target_size: SDXL is told them, and this is a "
+                     "model of %s; leave them out", written(*family_).c_str());
+            } else if (*values[i] < (is_crop(i) ? 0 : 1) || *values[i] > max_told) {
+                fail(Status::bad_argument, "original_size, crop_top_left and target_size: %d pixels; there may be %d to %d",
+                     *values[i], is_crop(i) ? 0 : 1, max_told);
+            }
+        }
+    };
+    fill(r.sizes, own);
+    fill(r.negative_sizes, r.sizes);
 }
 
 // A picture to follow is for models and LoRAs that look at one, and those need it.
@@ -188,8 +231,28 @@ void Context::check_control(const Request & r) const {
              "picture of edges or depths to follow", of_lora ? "a control LoRA that is in force" : "this model",
              static_cast<long long>(plain + more), static_cast<long long>(plain));
     }
+    if (of_lora && r.reference_image) {
+        fail(Status::bad_argument, "a control LoRA is in force, whose inputs a reference_image does not have; leave one of them out");
+    }
     if (r.control_image && !of_lora && !of_model) {
         fail(Status::bad_argument, "a control_image was given, but neither the model nor a LoRA in force looks at one");
+    }
+}
+
+// LoRAs that were distilled for a few steps paint burnt pictures with the usual settings, and seem broken.
+void Context::hint_at_settings(const Request & r) {
+    for (const std::vector<LoraUse> & uses : loras_.state().images) {
+        for (const LoraUse & use : uses) {
+            const auto settings = settings_of_lora(use.path, *pipeline_);
+            const bool fits = !settings || use.unet == 0 ||
+                              (r.steps <= 2 * settings->steps && (r.cfg_scale <= 2 * settings->cfg_scale) &&
+                               std::abs(use.unet) <= 2 * settings->multiplier);
+            if (log_ && !fits && hinted_.insert(use.path).second) {
+                log_(Level::warning, text("%s: by its name %s; this picture has steps %d, cfg_scale %g and multiplier %g",
+                                          use.path.c_str(), settings->sentence.c_str(), r.steps,
+                                          static_cast<double>(r.cfg_scale), use.unet));
+            }
+        }
     }
 }
 
@@ -225,6 +288,18 @@ static void append_image(Conditioning & all, const Conditioning & one) {
     }
 }
 
+void Context::warn_unread(const Request & request, bool guided) const {
+    std::set<std::string> told;
+    for (const auto * prompts : {&request.prompts, &request.negative_prompts}) {
+        for (size_t i = 0; log_ && i < prompts->size() && (guided || prompts == &request.prompts); ++i) {
+            const std::string unread = pipeline_->unread((*prompts)[i]);
+            if (!unread.empty() && told.insert(unread).second) {
+                log_(Level::warning, unread);
+            }
+        }
+    }
+}
+
 // One conditioning per image of the batch, then, where guided, the negative one of each.
 Conditioning Context::condition(const Request & request, bool guided) {
     std::vector<const Prompt *> prompts;
@@ -245,12 +320,12 @@ Conditioning Context::condition(const Request & request, bool guided) {
         fail(Status::bad_argument, "a prompt fills %d chunks of tokens, where %d are the most that are read; make it shorter",
              chunks, max_chunks);
     }
-    const Conditioning picture = pipeline_->describe(request.width, request.height);
+    const Conditioning picture = pipeline_->describe(request.sizes), negative = pipeline_->describe(request.negative_sizes);
     Conditioning       all;
     for (size_t i = 0; i < prompts.size(); ++i) {
         const size_t image = i % request.batch_size;
         append_image(all, encode_prompt(*prompts[i], image, request.clip_skip, chunks));
-        append_image(all, picture);
+        append_image(all, i < static_cast<size_t>(request.batch_size) ? picture : negative);
     }
     return all;
 }
@@ -274,9 +349,26 @@ Tensor Context::encode_picture(const std::vector<float> & rgb, int width, int he
     return latent;
 }
 
-static int tile_for(const Request & r) {
-    const bool whole = static_cast<int64_t>(r.width) * r.height <= whole_picture;
+static int tile_for(const Request & r, int width, int height) {
+    const bool whole = static_cast<int64_t>(width) * height <= whole_picture;
     return r.vae_tile > 0 ? r.vae_tile : whole ? 0 : auto_tile;
+}
+
+static int tile_for(const Request & r) { return tile_for(r, r.width, r.height); }
+
+// The latent of the picture to look at, as often as the denoiser runs at once.
+std::optional<Tensor> Context::encode_reference(const Request & r, int runs) {
+    if (!r.reference_image) {
+        return std::nullopt;
+    }
+    const int    width = r.reference_width, height = r.reference_height;
+    const Tensor one = encode_picture(image_from_rgb(r.reference_image, width, height).data, width, height,
+                                      tile_for(r, width, height));
+    Tensor       out({one.ne[0], one.ne[1], one.ne[2], runs});
+    for (int run = 0; run < runs; ++run) {
+        std::copy(one.data.begin(), one.data.end(), out.data.begin() + run * static_cast<int64_t>(one.data.size()));
+    }
+    return out;
 }
 
 Context::Latents Context::start(const Request & r) {
@@ -355,17 +447,49 @@ std::optional<Tensor> Context::extra_channels(const Request & r, std::vector<flo
 
 // ---- painting ------------------------------------------------------------------------------------------
 
+// The denoiser's outputs for the prompts, of `one` number each, become the guided ones; those for the negative prompts
+// lie behind them. Of the result a share is scaled to the spread that the prompt's own had (Lin et al., 2023, "Common
+// Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4), since guidance exaggerates it.
+static void guide(std::vector<float> & out, const Request & r, size_t one) {
+    const auto spread = [&](const float * of) {
+        double sum = 0, squares = 0;
+        for (size_t i = 0; i < one; ++i) {
+            sum += of[i];
+            squares += static_cast<double>(of[i]) * of[i];
+        }
+        const double n = static_cast<double>(one);
+        return std::sqrt(std::max(0.0, squares / n - sum / n * (sum / n)));
+    };
+    const size_t n = one * static_cast<size_t>(r.batch_size);
+    for (size_t begin = 0; begin < n; begin += one) {
+        float *      to = out.data() + begin;
+        const double plain = r.guidance_rescale > 0 ? spread(to) : 0;
+        for (size_t i = 0; i < one; ++i) {
+            const float without = to[n + i];
+            to[i] = without + r.cfg_scale * (to[i] - without);
+        }
+        const double guided = r.guidance_rescale > 0 ? spread(to) : 0;
+        if (guided > 0) {
+            const double share = r.guidance_rescale;
+            const auto   factor = static_cast<float>(share * plain / guided + 1 - share);
+            std::transform(to, to + one, to, [&](float value) { return value * factor; });
+        }
+    }
+}
+
 void Context::generate(Request r, uint8_t * rgb) {
     const Claim claim(*this, r.keep_going);
     complete(r);
     loras_.apply(r.loras);
     check_control(r);
+    hint_at_settings(r);
     runner_.adapt(nullptr);
 
     const bool          guided = r.cfg_scale != 1.0f;
     const Latents       begin = start(r);
     const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
     std::vector<float>  sigmas = make_sigmas(r.scheduler, trained, r.steps);
+    warn_unread(r, guided);
     const Conditioning  conditioning = condition(r, guided);
 
     if (begin.init) { // a weaker change begins further down
@@ -391,6 +515,7 @@ void Context::generate(Request r, uint8_t * rgb) {
     }
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
+    const std::optional<Tensor> reference = encode_reference(r, runs);
     const size_t extra = begin.extra ? begin.extra->data.size() : 0;
     const int64_t channels = begin.ne[2] + (begin.extra ? begin.extra->ne[2] : 0);
     Tensor        latent({begin.ne[0], begin.ne[1], channels, runs}), time({runs, 1, 1, 1}), guidance({runs, 1, 1, 1});
@@ -398,6 +523,9 @@ void Context::generate(Request r, uint8_t * rgb) {
     if (pipeline_->defaults().guidance > 0) {
         std::fill(guidance.data.begin(), guidance.data.end(), r.guidance);
         inputs["guidance"] = &guidance;
+    }
+    if (reference) {
+        inputs["reference"] = &*reference;
     }
     for (const auto * part : {&conditioning.tokens, &conditioning.vectors}) {
         for (const auto & [name, tensor] : *part) {
@@ -421,10 +549,13 @@ void Context::generate(Request r, uint8_t * rgb) {
             runner_.adapt(loras_.adapters(), loras_.denoiser_strengths(done, steps, runs));
         }
         auto         outputs = runner_.run("denoise", inputs, [&](Graph & g) { g.output("out", pipeline_->denoise(g)); });
-        const float * out = outputs.at("out").data.data();
+        std::vector<float> & out = outputs.at("out").data;
+        if (guided) {
+            guide(out, r, one);
+        }
         denoised.resize(noisy.size());
         for (size_t i = 0; i < noisy.size(); ++i) {
-            const float model = guided ? out[noisy.size() + i] + r.cfg_scale * (out[i] - out[noisy.size() + i]) : out[i];
+            const float model = out[i];
             denoised[i] = prediction == Prediction::v ? (noisy[i] / spread - sigma * model) / spread
                                                                    : noisy[i] - sigma * model;
             if (begin.mask) { // what is not to be repainted is known
@@ -446,7 +577,7 @@ void Context::generate(Request r, uint8_t * rgb) {
             fail(Status::cancelled, "stopped after step %d of %d", step, of);
         }
     };
-    sample(r.sampler, {sigmas, &rngs, r.eta, denoise, on_step}, x);
+    sample(r.sampler, {sigmas, &rngs, r.eta, prediction == Prediction::flow, denoise, on_step, &trained}, x);
     if (!std::all_of(x.begin(), x.end(), [](float value) { return std::isfinite(value); })) {
         fail(Status::bad_argument, "the picture is no number after %d steps, and would be black: cfg_scale %g, eta or a "
              "multiplier of a LoRA is too large, or the model's weights are damaged", steps, static_cast<double>(r.cfg_scale));
@@ -537,7 +668,14 @@ double Context::lora_drift() {
 
 LoraReport Context::inspect_lora(const std::string & path) {
     const Claim claim(*this, {});
-    return read_lora(path, lora_names_, written(*family_)).report;
+    return read_with_settings(path).report;
+}
+
+LoraFile Context::read_with_settings(const std::string & lora) const {
+    LoraFile   file = read_lora(lora, lora_names_, written(*family_));
+    const auto settings = settings_of_lora(lora, *pipeline_);
+    file.report.settings = settings ? settings->sentence : "";
+    return file;
 }
 
 void Context::set_profiling(bool on) {

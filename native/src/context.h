@@ -13,6 +13,7 @@
 #include <list>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,7 @@ struct OpenParams {
     std::string                model;
     std::vector<ComponentFile> components;
     std::string                data_dir, backend, prediction, precision;
+    std::optional<bool>        zero_snr; // see OpenOptions
     int                        threads = 0;
     bool                       in_ram = false; // the files, which may change or vanish then
     LoraOptions                loras;
@@ -32,7 +34,9 @@ struct Request {
     std::vector<Prompt>                         prompts, negative_prompts; // one, or one per image
     LoraState                                   loras;
     int                                         width = 0, height = 0, steps = 0;
+    PictureSizes                                sizes, negative_sizes; // 0, of a crop below 0: see complete_sizes()
     float                                       cfg_scale = 1;
+    float                                       guidance_rescale = 0;
     float                                       guidance = -1; // below 0: the family's own
     float                                       shift = 0;     // of a flow; 0: the family's own
     uint64_t                                    seed = 0;
@@ -44,6 +48,8 @@ struct Request {
     float                                       strength = 1;
     const uint8_t *                             mask = nullptr; // width * height grey
     const uint8_t *                             control_image = nullptr; // width * height RGB
+    const uint8_t *                             reference_image = nullptr; // reference_width * reference_height RGB
+    int                                         reference_width = 0, reference_height = 0;
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;
@@ -106,12 +112,17 @@ class Context {
     };
 
     void         complete(Request & request) const;
+    void         complete_sizes(Request & request) const;
     void         check_control(const Request & request) const;
+    void         hint_at_settings(const Request & request);
+    LoraFile     read_with_settings(const std::string & lora) const;
+    void         warn_unread(const Request & request, bool guided) const;
     Conditioning condition(const Request & request, bool guided);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
     std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
                                          const std::optional<Tensor> & mask);
+    std::optional<Tensor> encode_reference(const Request & request, int runs);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 
@@ -133,6 +144,7 @@ class Context {
     };
     std::list<Encoded> encoded_; // the newest first
 
+    std::set<std::string>      hinted_; // paths of LoRAs whose settings were told
     Profile                    profile_;
     std::map<std::string, Importance> importance_; // by the names of matrices
     Tensor                     last_latent_;

@@ -19,6 +19,7 @@ class LoraReport:
     Attributes:
         path: Of the file.
         base_model: What the file was made for, as far as it tells; "" where it does not.
+        settings: What it needs by its name, where it was distilled to paint in a few steps; else "".
         formats: Modules by the convention that their keys follow, such as "kohya" or "peft".
         kinds: Modules by kind, such as "lora" or "loha".
         ranks: Modules by rank.
@@ -37,6 +38,7 @@ class LoraReport:
 
     path: str
     base_model: str = ""
+    settings: str = ""
     formats: dict[str, int] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class LoraReport:
     def _rows(self) -> list[tuple[str, str]]:
         rows = [
             ("made for", self.base_model or "not said"),
+            *([("settings", f"by its name {self.settings}")] if self.settings else []),
             ("modules", f"{self.unet_modules:,} in the denoiser, {self.text_modules:,} in the text encoder"),
             ("formats", _counted(self.formats)),
             ("kinds", _counted(self.kinds)),

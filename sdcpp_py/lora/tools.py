@@ -323,6 +323,8 @@ def _input(tag: LoraTag, source: LoraSource) -> Input:
         if source.family not in FAMILIES_WITH_BLOCKS:
             raise BadArgument(f"{source.path}: there are no block weights for {described(source.family)}")
         blocks = read_blocks(tag.lbw, source.family)
+    if tag.te2 is not None or tag.te3 is not None:
+        raise BadArgument(f"{source.path}: te2 and te3 are for painting; here te is for all text encoders")
     te, unet = (check.number(f"{source.path}: {name}", getattr(tag, name)) for name in ("te", "unet"))
     return Input(source, te, unet, blocks)
 

@@ -58,7 +58,12 @@ FAMILIES: Final = (
         _UNET,
     ),
     Family("sd2", "sd1", r"^cond_stage_model\.model\.", _UNET),
-    Family("sd1", "sd1", r"(^|\.)(middle_block\.1\.proj_in\.weight|mid_block\.attentions\.0\.proj_in\.weight)", _UNET),
+    Family(
+        "sd1",
+        "sd1",
+        r"(^|\.)((input_blocks\.\d+|middle_block)\.1|(down_blocks\.\d+|mid_block)\.attentions\.\d+)\.proj_in\.weight",
+        _UNET,
+    ),
     Family("t5", "t5", r"encoder\.block\.0\.layer\.0\.SelfAttention\.", _TEXT),
     Family("clip", "clip", r"text_model\.encoder\.layers\.0\.|(^|\.)resblocks\.0\.", _TEXT),
     Family("vae", "vae", r"(^|\.)decoder\.(mid\.block_1|mid_block\.resnets\.0)\.", r""),

@@ -53,10 +53,16 @@ DIFFUSERS_LEVELS = {
     "ays": (lambda n: np.array(AysSchedules["StableDiffusionSigmas"]), [10]),
 }
 
+ZERO_SNR_LEVELS = {
+    "normal": (lambda n: _levels(n, timestep_spacing="linspace", rescale_betas_zero_snr=True), [4, 10, 28]),
+    "simple": (lambda n: _levels(n, timestep_spacing="trailing", rescale_betas_zero_snr=True), [1, 8, 20, 1000]),
+    "karras": (lambda n: _levels(n, use_karras_sigmas=True, rescale_betas_zero_snr=True), [7, 20]),
+}
+
 # ------------------------------------------------------------------------------------------- samplers
 
 # These step x / sqrt(1 + sigma^2).
-VARIANCE_PRESERVING = {"dpm++2s_a", "dpm++2m", "dpm++2m_sde", "ddim", "lcm", "unipc"}
+VARIANCE_PRESERVING = {"dpm++2s_a", "dpm++2m", "dpm++2m_sde", "ddim", "lcm", "tcd", "unipc"}
 TWO_CALLS = {"heun", "dpm2", "dpm2_a"}  # of step() for one step
 MIDDLE = {"dpm2": 0, "dpm2_a": -1}  # where call i, if it is a second one, finds its sigma
 
@@ -81,13 +87,14 @@ DIFFUSERS_SAMPLERS = {
         [("leading", {}, 10), ("leading", {}, 30)],
     ),
     "lcm": (diffusers.LCMScheduler, {}, [("lcm", {}, 4), ("lcm", {}, 8)]),
+    "tcd": (diffusers.TCDScheduler, {}, [("tcd", {}, 4), ("tcd", {}, 8)]),
     "unipc": (diffusers.UniPCMultistepScheduler, {}, LEVELS),
 }
 SAMPLER_CASES = [
     (sampler, spacing, steps, eta)
     for sampler, (_, _, levels) in DIFFUSERS_SAMPLERS.items()
     for spacing, _, steps in levels
-    for eta in {"ddim": [0.0, 0.5, 1.0], "dpm++2s_a": [0.0]}.get(sampler, [-1.0])
+    for eta in {"ddim": [0.0, 0.5, 1.0], "dpm++2s_a": [0.0], "tcd": [0.0, 0.3, 1.0]}.get(sampler, [-1.0])
 ]
 
 
@@ -98,10 +105,11 @@ def diffusers_sample(sampler: str, spacing: str, steps: int, eta: float) -> tupl
     scheduler = kind(**config)
     scheduler.set_timesteps(steps)
 
-    if sampler in ("ddim", "lcm"):
+    if sampler in ("ddim", "lcm", "tcd"):
         alpha_bar = scheduler.alphas_cumprod.double()[scheduler.timesteps]
         evaluated = torch.sqrt(1 / alpha_bar - 1)
-        sigmas = [*evaluated.tolist(), 0.0]
+        # TCD's scheduler ends at timestep 0, not at 0 noise.
+        sigmas = [*evaluated.tolist(), ref.TRAINED[0] if sampler == "tcd" else 0.0]
     else:
         evaluated = scheduler.sigmas.double()
         sigmas = list(dict.fromkeys(evaluated.tolist()))  # Heun's and DPM2's are there twice
@@ -131,7 +139,7 @@ def diffusers_sample(sampler: str, spacing: str, steps: int, eta: float) -> tupl
             scale = (1 + sigma**2) ** 0.5 if sampler in VARIANCE_PRESERVING else 1.0
             noisy = x.double() * scale
             epsilon = (noisy - torch.from_numpy(ref.toy_denoiser(noisy.numpy(), sigma))) / sigma
-            extra = {"eta": eta} if sampler == "ddim" else {}
+            extra = {"eta": eta} if sampler in ("ddim", "tcd") else {}
             x = scheduler.step(epsilon, timestep, x.double(), **extra).prev_sample
     if sampler in VARIANCE_PRESERVING:
         x = x * (1 + sigmas[-1] ** 2) ** 0.5
@@ -150,6 +158,9 @@ def make() -> None:
     for scheduler, (levels, all_steps) in DIFFUSERS_LEVELS.items():
         for steps in all_steps:
             golden[f"sigmas/{scheduler}/{steps}"] = levels(steps).astype(np.float32)
+    for scheduler, (levels, all_steps) in ZERO_SNR_LEVELS.items():
+        for steps in all_steps:
+            golden[f"zero-snr/{scheduler}/{steps}"] = levels(steps).astype(np.float32)
     for arguments in SAMPLER_CASES:
         case, result = diffusers_sample(*arguments)
         golden[sampler_key(*arguments)] = result

@@ -167,7 +167,8 @@ inline LoraCases cases_for(const Weight * weight, uint32_t seed) {
 inline LoraUse use_of(const std::string & path, double multiplier) {
     LoraUse use;
     use.path = path;
-    use.text = use.unet = multiplier;
+    use.text.fill(multiplier);
+    use.unet = multiplier;
     return use;
 }
 

@@ -9,7 +9,7 @@ using namespace sd::test;
 namespace {
 
 std::string change_of(const LoraChange & change) {
-    return text("%s %g %g", change.use.path.c_str(), change.use.text, change.use.unet);
+    return text("%s %g %g", change.use.path.c_str(), change.use.text[0], change.use.unet);
 }
 
 std::vector<std::string> diff(const LoraState & current, const LoraState & wanted) {
@@ -99,7 +99,7 @@ TEST_CASE("any history leaves the bytes of a fresh model in the same state") {
             for (int k = static_cast<int>(rng() % 4); k > 0; --k) {
                 const size_t which = rng() % paths.size();
                 LoraUse use = use_of(paths[which], static_cast<double>(rng() % 9) / 4 - 1);
-                use.text = static_cast<double>(rng() % 3) / 2;
+                use.text.fill(static_cast<double>(rng() % 3) / 2);
                 uses.push_back(use);
                 use.path = same_paths[which];
                 same.insert(same.begin(), use);
@@ -233,10 +233,10 @@ TEST_CASE("text encoders have an identity of their own") {
     engine->apply(state_of({use_of(paths[0], 1), use_of(paths[1], 0.5)})); // touches no text encoder
     CHECK(engine->text_identity(0) == identity);
     LoraUse use = use_of(paths[0], 0.5);
-    use.text = 1;
+    use.text.fill(1);
     engine->apply(state_of({use}));
     CHECK(engine->text_identity(0) == identity);
-    use.text = 0.5;
+    use.text[first_encoder] = 0.5;
     engine->apply(state_of({use}));
     CHECK(engine->text_identity(0) != identity);
     engine->apply({});

@@ -16,6 +16,8 @@ static sd::Denoiser gaussian(float deviation) {
     };
 }
 
+static const sd::NoiseSchedule trained = sd::NoiseSchedule::scaled_linear();
+
 static Floats run(const std::string & sampler, Floats x, Floats sigmas, int images = 1, uint64_t seed = 0) {
     std::vector<std::unique_ptr<sd::Rng>> rngs;
     for (int k = 0; k < images; ++k) {
@@ -24,6 +26,7 @@ static Floats run(const std::string & sampler, Floats x, Floats sigmas, int imag
     sd::SamplerRun request;
     request.sigmas  = std::move(sigmas);
     request.rngs    = &rngs;
+    request.trained = &trained;
     request.denoise = gaussian(0.5f);
     sd::sample(sampler, request, x);
     return x;
@@ -113,6 +116,7 @@ TEST_CASE("each step is reported once, in order, with the newest estimate") {
         sd::SamplerRun   request;
         request.sigmas  = many_sigmas(4);
         request.rngs    = &rngs;
+        request.trained = &trained;
         request.denoise = [&](const Floats & x, float sigma, Floats & denoised) {
             gaussian(1)(x, sigma, denoised);
             newest = denoised;
@@ -135,6 +139,7 @@ TEST_CASE("what the denoiser throws passes through") {
         sd::SamplerRun request;
         request.sigmas  = many_sigmas(4);
         request.rngs    = &rngs;
+        request.trained = &trained;
         request.denoise = [calls = 0](const Floats & x, float sigma, Floats & denoised) mutable {
             if (++calls == 3) {
                 sd::fail(sd::Status::cancelled, "cancelled");
@@ -150,11 +155,34 @@ TEST_CASE("what makes no sense is refused in a sentence") {
     CHECK(sd::sampler_names().front() == "euler");
     CHECK_THROWS_WITH_AS(run("euler_b", {1}, {1, 0}),
                          "sampler 'euler_b' is not known; there are: euler, euler_a, heun, dpm2, dpm2_a, "
-                         "dpm++2s_a, dpm++2m, dpm++2m_sde, ddim, lcm, unipc", sd::Error);
+                         "dpm++2s_a, dpm++2m, dpm++2m_sde, ddim, lcm, tcd, unipc", sd::Error);
     CHECK_THROWS_WITH_AS(run("euler", {1}, {1, 1, 0}),
                          "sigma 2 of 3 is 1: each must be below the one before, the last 0 or more",
                          sd::Error);
     CHECK_THROWS_AS(run("euler", {1}, {NAN, 0}), sd::Error);
     CHECK_THROWS_AS(run("euler", {1}, {1, -1}), sd::Error);
     CHECK_THROWS_AS(run("euler", {1, 2, 3}, {1, 0}, 2), sd::Error);
+}
+
+TEST_CASE("TCD goes beyond each level, to a share of its timestep, and noise leads back") {
+    std::vector<std::unique_ptr<sd::Rng>> rngs;
+    rngs.push_back(sd::make_rng("cpu", 3));
+    sd::SamplerRun request;
+    request.sigmas  = {trained.sigma(999), trained.sigma(499)};
+    request.rngs    = &rngs;
+    request.trained = &trained;
+    request.eta     = 1; // to timestep 0
+    request.denoise = [](const Floats & x, float, Floats & denoised) { denoised = Floats(x.size()); };
+    Floats x(20000);
+    sd::sample("tcd", request, x);
+    double squares = 0;
+    for (const float value : x) {
+        squares += static_cast<double>(value) * value;
+    }
+    const double up = std::pow(trained.sigma(499), 2) - std::pow(trained.sigma(0), 2);
+    CHECK(std::sqrt(squares / 20000) == doctest::Approx(std::sqrt(up)).epsilon(0.02));
+
+    request.sigmas.push_back(0);
+    sd::sample("tcd", request, x);
+    CHECK(x[0] == 0);
 }

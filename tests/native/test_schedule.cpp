@@ -80,3 +80,17 @@ TEST_CASE("what cannot be scheduled is refused in a sentence") {
     const auto sdxl = sd::NoiseSchedule::scaled_linear(sd::align_your_steps_sdxl());
     CHECK(sd::make_sigmas("ays", sdxl, 10)[1] == doctest::Approx(6.315));
 }
+
+TEST_CASE("zero terminal SNR moves the highest level to noise alone, and leaves the lowest where it is") {
+    const auto zero = sd::NoiseSchedule::scaled_linear(sd::align_your_steps_sd1(), true);
+    CHECK(zero.sigmas().front() == doctest::Approx(trained.sigmas().front()).epsilon(1e-6));
+    CHECK(zero.sigmas().back() == doctest::Approx(4096).epsilon(1e-6));
+    CHECK(zero.timestep(zero.sigmas().back()) == 999);
+    for (size_t t = 1; t < zero.sigmas().size(); ++t) {
+        CHECK(zero.sigmas()[t] > zero.sigmas()[t - 1]);
+    }
+    // In sqrt(alpha_bar) all levels are moved and scaled alike.
+    const auto kept = [](float sigma) { return 1 / std::sqrt(1 + static_cast<double>(sigma) * sigma); };
+    const double end = kept(trained.sigmas()[999]), scale = kept(trained.sigmas()[0]) / (kept(trained.sigmas()[0]) - end);
+    CHECK(kept(zero.sigmas()[500]) == doctest::Approx((kept(trained.sigmas()[500]) - end) * scale).epsilon(1e-6));
+}

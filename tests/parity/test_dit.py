@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,30 @@ def test_a_run_matches_diffusers(run: cases_dit.Run, dit: Callable[..., SDContex
     context = dit(run.model)
     context.generate(**run.request())
     assert_close(_native.probe_latent(context._native), truth(run.model).run(run), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline", "scheduler"),
+    [
+        (SD3, "StableDiffusion3Pipeline", {"shift": 1.7}),
+        (SD3, "StableDiffusion3Pipeline", {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.0}),
+        (FLUX, "FluxPipeline", {"use_dynamic_shifting": True, "max_shift": 2.0, "max_image_seq_len": 300}),
+        (FLUX, "FluxPipeline", {"shift": 2.5}),
+    ],
+    ids=["sd3-shift", "sd3-dynamic", "flux-dynamic", "flux-shift"],
+)
+def test_a_folders_schedule_is_followed(
+    model: cases_dit.Model, pipeline: str, scheduler: dict[str, object], tmp_path: Path
+) -> None:
+    from reference_dit import Truth
+
+    truth = Truth(model, tmp_path)
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    run = cases_dit.Run("schedule", model, pipeline, {"cfg_scale": 4.0} if model is SD3 else {})
+    arguments = {**run.arguments, "scheduler": "normal" if model is SD3 else "simple"}
+    with SDContext(tmp_path, threads=1, precision="f32") as context:
+        context.generate(**{**run.request(), **arguments})
+        assert_close(_native.probe_latent(context._native), truth.run(run), 1e-4)
 
 
 @pytest.mark.parametrize("model", [FLUX, FLUX_FILL, SD3, SD35_MEDIUM], ids=["flux", "fill", "sd3", "sd3.5"])

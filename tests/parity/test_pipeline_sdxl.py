@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import numpy as np
 import pytest
 import tiny
 import tiny_sdxl
-from cases import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP
-from closeness import assert_close
+from cases import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP, SSD_1B
+from closeness import assert_close, relative_rmse
+from tiny_sdxl import SDXL_V
 
 from sdcpp_py import SDContext, _native
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.parity
 PROMPT, NEGATIVE, SEED, STEPS = "a red heart, soft light", "blurry", 11, 9
 REQUEST: dict[str, Any] = {"steps": STEPS, "cfg_scale": 5.0, "seed": SEED, "sampler": "euler", "scheduler": "normal"}
 PICTURE = (np.indices((64, 80)).sum(axis=0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
-IDS = {SD2: "sd2", SD2_V_DEEP: "sd2-v-inpainting", SDXL: "sdxl", SDXL_DEEP: "sdxl-inpainting"}
+IDS = {SD2: "sd2", SD2_V_DEEP: "sd2-v-inpainting", SDXL: "sdxl", SDXL_DEEP: "sdxl-inpainting", SSD_1B: "ssd-1b"}
 
 
 class Truth:
@@ -37,7 +39,7 @@ class Truth:
         if model.text_2_width:
             self.parts["tokenizer_2"] = clip_tokenizer("!", 77)
 
-    def pipeline(self, task: str = "") -> Any:
+    def pipeline(self, task: str = "", spacing: str = "linspace") -> Any:
         """Stable diffusion's pipeline of this task: "", "Img2Img" or "Inpaint"."""
         import diffusers
 
@@ -47,8 +49,9 @@ class Truth:
             beta_end=0.012,
             beta_schedule="scaled_linear",
             prediction_type=self.model.prediction,
-            timestep_spacing="linspace",
+            timestep_spacing=spacing,
             steps_offset=1,
+            rescale_betas_zero_snr=self.model.zero_snr,
         )
         extra: dict[str, Any] = {"add_watermarker": False}
         if not self.model.text_2_width:
@@ -58,10 +61,10 @@ class Truth:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def paint(self, task: str = "", **arguments: Any) -> np.ndarray:
+    def paint(self, task: str = "", spacing: str = "linspace", **arguments: Any) -> np.ndarray:
         """The latent that the pipeline ends with."""
         arguments = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"} | arguments
-        return self.pipeline(task)(prompt=PROMPT, negative_prompt=NEGATIVE, **arguments).images.numpy()
+        return self.pipeline(task, spacing)(prompt=PROMPT, negative_prompt=NEGATIVE, **arguments).images.numpy()
 
     def encode(self, rgb: np.ndarray) -> np.ndarray:
         """The mean of the latent, scaled."""
@@ -106,6 +109,37 @@ def test_text_to_image(pair: tuple[SDContext, Truth]) -> None:
     assert np.mean(levels <= 1) >= 0.999
 
 
+# Whole runs below compare to 1e-4: both sides are float32, and 2e-6 to 2e-5 apart.
+# Ours, and what StableDiffusionXLPipeline calls it, with the height first.
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "original": ({"original_size": (48, 16)}, {"original_size": (16, 48)}),
+    "all": (
+        {"original_size": (48, 16), "crop_top_left": (8, 24), "target_size": (80, 32)},
+        {"original_size": (16, 48), "crops_coords_top_left": (8, 24), "target_size": (32, 80)},
+    ),
+    "negative": (
+        {"negative_original_size": (24, 16), "negative_crop_top_left": (4, 12), "negative_target_size": (40, 56)},
+        {
+            "negative_original_size": (16, 24),
+            "negative_crops_coords_top_left": (4, 12),
+            "negative_target_size": (56, 40),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("told", SIZES)
+def test_sizes_that_sdxl_is_told(told: str, tiny_folder: Callable[..., Path]) -> None:
+    ours, theirs = SIZES[told]
+    truth = Truth(SDXL, tiny_folder(SDXL))
+    usual = truth.paint(latents=noise(64, 96), width=96, height=64)
+    want = truth.paint(latents=noise(64, 96), width=96, height=64, **theirs)
+    assert relative_rmse(want, usual) > 0.01, "the sizes have no effect"
+    with SDContext(tiny_folder(SDXL), threads=1) as context:
+        context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST, **ours)
+        assert_close(latent_of(context), want, tolerance=1e-4)
+
+
 def test_image_to_image(pair: tuple[SDContext, Truth]) -> None:
     import torch
 
@@ -146,6 +180,77 @@ def test_a_model_made_for_inpainting_repaints_all(model: tiny.TinySD1, tiny_fold
     assert_close(got, want, tolerance=1e-3)
 
 
+ZERO_SNR = REQUEST | {"steps": 10, "scheduler": "simple", "width": 96, "height": 64}  # "simple": diffusers' trailing
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_zero_terminal_snr(rescale: float, tiny_folder: Callable[..., Path]) -> None:
+    """v-prediction from noise alone, as scheduler_config.json asks for, also with Lin et al.'s rescaled guidance."""
+    truth = Truth(SDXL_V, tiny_folder(SDXL_V))
+    size = {"num_inference_steps": 10, "width": 96, "height": 64, "spacing": "trailing"}
+    # diffusers scales the first latent by the highest sigma itself.
+    want = truth.paint(latents=noise(64, 96), guidance_rescale=rescale, **size)
+    with SDContext(tiny_folder(SDXL_V), threads=1) as context:
+        assert (context.info.prediction, context.info.zero_snr) == ("v", True)
+        context.generate(PROMPT, NEGATIVE, **ZERO_SNR, guidance_rescale=rescale)
+        assert_close(latent_of(context), want, tolerance=1e-4)
+        if rescale:
+            context.generate(PROMPT, NEGATIVE, **ZERO_SNR)
+            assert relative_rmse(latent_of(context), want) > 0.01, "rescaling has no effect"
+    with SDContext(tiny_folder(SDXL_V), zero_snr=False, threads=1) as context:
+        context.generate(PROMPT, NEGATIVE, **ZERO_SNR, guidance_rescale=rescale)
+        assert relative_rmse(latent_of(context), want) > 0.01, "the noise levels have no effect"
+
+
+def test_ssd_1b_paints(tiny_folder: Callable[..., Path]) -> None:
+    truth = Truth(SSD_1B, tiny_folder(SSD_1B))
+    want = truth.paint(latents=noise(64, 96), width=96, height=64)
+    with SDContext(tiny_folder(SSD_1B), threads=1) as context:
+        context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
+        assert_close(latent_of(context), want, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["runtime", "restore"])
+def test_multipliers_of_each_part_are_diffusers(mode: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """kohya's lora_te1_, lora_te2_ and lora_unet_ as set_adapters weighs the same factors."""
+    import peft
+    import torch
+
+    truth = Truth(SDXL, tiny_folder(SDXL))
+    attention = [path for path in lora_files.modules("linear", "unet text_encoder text_encoder_2", SDXL)
+                 if path.endswith((".to_q", ".to_v", ".q_proj", ".v_proj"))]  # fmt: skip
+    update = lora_files.random_update(attention, seed=3, model=SDXL)
+    lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update, lora_files.numbered))
+    pipe = truth.pipeline()
+    for part in ("text_encoder", "text_encoder_2", "unet"):
+        network = getattr(pipe, part)
+        network.add_adapter(
+            peft.LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v", "q_proj", "v_proj"]), "x"
+        )
+        for name, module in network.named_modules():
+            for path, factors in update.items() if hasattr(module, "lora_A") and name else ():
+                if path.startswith(f"{part}.") and path.endswith(f".{name}"):
+                    module.lora_A["x"].weight.data = torch.from_numpy(factors["lora_down.weight"])
+                    module.lora_B["x"].weight.data = torch.from_numpy(factors["lora_up.weight"])
+    pipe.set_adapters("x", {"text_encoder": 0.4, "text_encoder_2": 0.9, "unet": -0.5})
+    want = pipe(
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        latents=noise(64, 64),
+        width=64,
+        height=64,
+        output_type="latent",
+    ).images.numpy()
+    with SDContext(tiny_folder(SDXL), lora_dir=tmp_path, lora_mode=mode, threads=1) as context:
+        request = REQUEST | {"width": 64, "height": 64}
+        context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
+        assert_close(latent_of(context), want, tolerance=1e-4)
+        context.generate(f"{PROMPT}<lora:x:te=0.4:unet=-0.5>", NEGATIVE, **request)
+        assert relative_rmse(latent_of(context), want) > 0.01, "te2 has no effect"
+
+
 def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
     """SDXL: chunks side by side, weights by encoder, the picture's vector from the first chunk."""
     import torch
@@ -176,7 +281,7 @@ def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
         assert_close(latent_of(context), want, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("model", [SD2, SDXL], ids=IDS.get)
+@pytest.mark.parametrize("model", [SD2, SDXL, SSD_1B], ids=IDS.get)
 def test_a_single_file_paints_the_same(model: tiny.TinySD1, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     request = REQUEST | {"width": 64, "height": 64, "steps": 2}
     latents = []

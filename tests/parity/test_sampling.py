@@ -79,3 +79,36 @@ def test_samplers_are_diffusers(sampler, spacing, steps, eta):
     )
     assert ref.relative_rmse(got, want) < 2e-6
     assert ref.relative_rmse(ref.sample(case), want) < 2e-6
+
+
+def of_flow(scheduler, sigmas: tuple[float, ...], case: ref.Case) -> np.ndarray:
+    """A run of diffusers on the toy flow with our noise and levels."""
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    draw = case.noise()
+    noise = lambda *_, **__: torch.from_numpy(draw())  # noqa: E731
+    x = torch.from_numpy(case.start()).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", noise)
+        patch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor", noise)
+        for i, timestep in enumerate(scheduler.timesteps):
+            velocity = (x - torch.from_numpy(ref.toy_flow(x.numpy(), sigmas[i]))) / sigmas[i]
+            x = scheduler.step(velocity, timestep, x).prev_sample.double()
+    return x.numpy()
+
+
+@pytest.mark.parametrize(("sampler", "first"), [("euler", 1.0), ("lcm", 1.0), ("dpm++2m_sde", 0.95)])
+def test_samplers_of_flows_are_diffusers(sampler, first):
+    """LCM is what diffusers calls stochastic sampling. diffusers steps float32 numbers."""
+    import diffusers
+
+    sigmas = ref.flow_sigmas(8, first=first)
+    case = ref.Case(sampler, sigmas, flow=True)
+    scheduler = {
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+        "lcm": lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        "dpm++2m_sde": lambda: diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, algorithm_type="sde-dpmsolver++"
+        ),
+    }[sampler]()
+    assert ref.relative_rmse(ref.sample(case), of_flow(scheduler, sigmas, case)) < 2e-6

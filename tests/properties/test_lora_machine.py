@@ -41,8 +41,15 @@ MODELS = [("sd1", kind) for kind in TYPES] + (OTHERS if IN_CI else [OTHERS[i] fo
 SEQUENCES = 22 if IN_CI else 2  # of each type and mode
 
 NAMES = ("pairs", "mixed", "sub/text")
-# 0 and absent are the same state, reached in another way.
-states = st.dictionaries(st.sampled_from(NAMES), st.sampled_from([0.5, 1.0, -0.3, 0.0]), max_size=3)
+# What a tag says behind the name. 0 and absent are the same state, reached in another way.
+MULTIPLIERS: dict[str, dict[str, float]] = {
+    "0.5": {"te": 0.5},
+    "1.0": {"te": 1.0},
+    "-0.3": {"te": -0.3},
+    "0.0": {"te": 0.0},
+    "te=0.5:te2=-0.25:te3=1:unet=0.75": {"te": 0.5, "te2": -0.25, "te3": 1.0, "unet": 0.75},
+}
+states = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(sorted(MULTIPLIERS)), max_size=3)
 
 
 def write_loras(folder: Path, model: tiny.TinySD1) -> Path:
@@ -102,8 +109,19 @@ def write_transformer_loras(folder: Path, model: lora_dit.Model) -> Path:
     return folder
 
 
-def prompt_of(state: dict[str, float]) -> str:
+State = dict[str, str]
+
+
+def prompt_of(state: State) -> str:
     return "a cat" + "".join(f"<lora:{name}:{multiplier}>" for name, multiplier in state.items())
+
+
+def argument_of(state: State) -> dict[str, dict[str, float]]:
+    return {name: MULTIPLIERS[multiplier] for name, multiplier in state.items()}
+
+
+def named_in(state: State) -> set[tuple[str, str]]:
+    return {(name, multiplier) for name, multiplier in state.items() if any(MULTIPLIERS[multiplier].values())}
 
 
 def latent(context: SDContext, prompt: str) -> bytes:
@@ -118,12 +136,12 @@ class World:
         self.options: dict[str, Any] = {"lora_dir": loras, "lora_mode": mode, "threads": 1}
         self.model, self.loras, self.mode = model, loras, mode
         self.context = SDContext(model, **self.options)
-        self.answers: dict[frozenset[tuple[str, float]], tuple[bytes, str]] = {}
+        self.answers: dict[frozenset[tuple[str, str]], tuple[bytes, str]] = {}
         self.base = self.fresh({})
 
-    def fresh(self, state: dict[str, float]) -> tuple[bytes, str]:
+    def fresh(self, state: State) -> tuple[bytes, str]:
         """The latent and the fingerprint of a context that was asked for this only."""
-        key = frozenset((name, multiplier) for name, multiplier in state.items() if multiplier)
+        key = frozenset(named_in(state))
         if key not in self.answers:
             with SDContext(self.model, **self.options) as context:
                 self.answers[key] = latent(context, prompt_of(state)), context.fingerprint()
@@ -137,21 +155,21 @@ class LoraMachine(RuleBasedStateMachine):
         super().__init__()
         self.world, self.context = world, world.context
         self.context.apply_loras({})
-        self.wanted: dict[str, float] = {}
+        self.wanted: State = {}
 
     @rule(state=states)
-    def paint(self, state: dict[str, float]) -> None:
+    def paint(self, state: State) -> None:
         latent(self.context, prompt_of(state))
         self.wanted = state
 
     @rule(state=states)
-    def paint_with_the_argument(self, state: dict[str, float]) -> None:
-        self.context.generate("a cat", loras=state, **RUN)
+    def paint_with_the_argument(self, state: State) -> None:
+        self.context.generate("a cat", loras=argument_of(state), **RUN)
         self.wanted = state
 
     @rule(state=states)
-    def apply(self, state: dict[str, float]) -> None:
-        self.context.apply_loras(state)
+    def apply(self, state: State) -> None:
+        self.context.apply_loras(argument_of(state))
         self.wanted = state
 
     @rule()
@@ -162,18 +180,18 @@ class LoraMachine(RuleBasedStateMachine):
     @rule(
         state=states, tag=st.sampled_from(["<lora:nothing:1>", "<lora:bad:1>", "<lora:../pairs:1>", "<lora:pairs:nan>"])
     )
-    def paint_what_is_refused(self, state: dict[str, float], tag: str) -> None:
+    def paint_what_is_refused(self, state: State, tag: str) -> None:
         with pytest.raises(SdcppError):
             self.context.generate(prompt_of(state) + tag, **RUN)
 
     @rule(state=states)
-    def paint_and_cancel(self, state: dict[str, float]) -> None:
+    def paint_and_cancel(self, state: State) -> None:
         with pytest.raises(Cancelled):
             self.context.generate(prompt_of(state), on_step=lambda step, steps, preview: False, **{**RUN, "steps": 2})
         self.wanted = state
 
     @rule(state=states)
-    def paint_what_cannot_be_painted(self, state: dict[str, float]) -> None:
+    def paint_what_cannot_be_painted(self, state: State) -> None:
         before = self.context.lora_state
         with pytest.raises(BadArgument):
             self.context.generate(prompt_of(state), **{**RUN, "width": 7})
@@ -186,8 +204,7 @@ class LoraMachine(RuleBasedStateMachine):
 
     @invariant()
     def state_is_what_was_asked_for(self) -> None:
-        names = {name for name, multiplier in self.wanted.items() if multiplier}
-        assert set(self.context.lora_state) == names
+        assert set(self.context.lora_state) == {name for name, _ in named_in(self.wanted)}
         if self.world.mode == "runtime":
             assert self.context.fingerprint() == self.world.base[1]
 
@@ -259,8 +276,8 @@ def test_history_leaves_no_trace(world: World) -> None:
 
 def test_loras_of_the_machine_act(world: World) -> None:
     """Each changes the picture, or the machine would show nothing."""
-    seen = {world.fresh({name: 1.0})[0] for name in NAMES} | {world.base[0]}
+    seen = {world.fresh({name: "1.0"})[0] for name in NAMES} | {world.base[0]}
     assert len(seen) == 1 + len(NAMES)
     assert all(np.isfinite(np.frombuffer(latent, np.float32)).all() for latent in seen)
-    fingerprints = {world.fresh({name: 1.0})[1] for name in NAMES}
+    fingerprints = {world.fresh({name: "1.0"})[1] for name in NAMES}
     assert len(fingerprints) == (1 if world.mode == "runtime" else len(NAMES))

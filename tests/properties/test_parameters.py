@@ -23,6 +23,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 prompts = texts | st.lists(st.sampled_from(FORM), max_size=8).map("".join)
 sizes = st.integers(1, 99999)
 amounts = st.floats(-1e9, 1e9)
+pairs = st.tuples(st.integers(0, 99999), st.integers(0, 99999))
 
 
 @st.composite
@@ -39,6 +40,14 @@ def parameters(draw: st.DrawFn) -> Parameters:
         sampler=maybe(st.sampled_from(sorted(SAMPLERS))),
         scheduler=maybe(st.sampled_from(sorted(SCHEDULERS))),
         cfg_scale=maybe(amounts),
+        guidance_rescale=maybe(amounts),
+        zero_snr=maybe(st.booleans()),
+        original_size=maybe(pairs),
+        crop_top_left=maybe(pairs),
+        target_size=maybe(pairs),
+        negative_original_size=maybe(pairs),
+        negative_crop_top_left=maybe(pairs),
+        negative_target_size=maybe(pairs),
         seed=maybe(st.integers(0, (1 << 64) - 1)),
         width=size and size[0],
         height=size and size[1],

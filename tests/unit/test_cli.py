@@ -253,6 +253,12 @@ def test_doctor(sdcpp):
     assert re.search(rf'^  CMAKE_ARGS="-DGGML_CUDA=ON" pip install {options} libggml-python==\S+$', output, re.M)
 
 
+def test_bench_tells_times_and_rates(sdcpp, tiny_sd1):
+    shown = sdcpp("bench", "-m", str(tiny_sd1), "--steps", "2", "--threads", "1", "--profile").stdout
+    for words in ("kernels", "peak memory", "step", "decode", "GFLOP/s", "convolution", "attention"):
+        assert words in shown
+
+
 def test_help_lists_what_the_engine_knows(sdcpp):
     assert "Paint" in sdcpp("--help").output
     assert sdcpp("--version").output == f"{__version__}\n"

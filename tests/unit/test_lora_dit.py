@@ -5,7 +5,7 @@ The truth is a model that holds the change in its weights, made by reference_lor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +14,16 @@ import lora_dit
 import numpy as np
 import pytest
 import reference_lora
-import tiny_dit
-from cases import noise
 from cases_dit import FLUX, FLUX_FILL, FLUX_SCHNELL, SD3, SD35_MEDIUM
 from closeness import assert_close
-from lora_dit import Update, kohya, peft
+from lora_dit import Update, denoise, kohya, matrices, peft, split
 from tiny_dit import Tensors
-from tiny_flux import TinyFlux
 
 from sdcpp_py import BadArgument, BadFile, SDContext, _native
 
 TOLERANCE = 1e-5  # float32 on both sides: the order of sums
 
 Opens = Callable[..., SDContext]
-
-
-def denoise(context: SDContext, model: lora_dit.Model, channels: int = 0) -> np.ndarray:
-    is_flux = isinstance(model, TinyFlux)
-    inputs = {
-        "latent": noise("latent", 1, channels or (model.inputs // 4 if is_flux else 16), 4, 6),
-        "time": np.float32([731.0]),
-        "text": noise("text", 1, 5, model.context),
-        "pooled": noise("pooled", 1, model.pooled if is_flux else model.clip_l + model.clip_g),
-    }
-    if is_flux and model.guidance:
-        inputs["guidance"] = np.float32([3.5])
-    return _native.probe_run(context._native, "denoise", **inputs)
-
-
-@pytest.fixture(scope="session")
-def dit_with(dit: Opens, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
-    """A model with other weights in its transformer, which is a file of its own in the original's bare names."""
-    root = tmp_path_factory.mktemp("changed")
-
-    def context(model: lora_dit.Model, weights: Tensors | Path, **options: Any) -> SDContext:
-        folder = dit(model)._path
-        if not isinstance(weights, Path):
-            weights = tiny_dit.save(weights, root / f"{len(list(root.iterdir()))}.safetensors")
-        parts = {"clip_l": "text_encoder", "t5xxl": "text_encoder_2"}
-        if not isinstance(model, TinyFlux):
-            parts = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
-        components = {role: folder / name for role, name in parts.items()}
-        return SDContext(weights, vae=folder / "vae", **components, threads=1, precision="f32", **options)
-
-    return context
 
 
 def lies_as(context: SDContext, model: lora_dit.Model, path: Path, want: np.ndarray, multiplier: float = 1.0) -> None:
@@ -69,16 +35,6 @@ def lies_as(context: SDContext, model: lora_dit.Model, path: Path, want: np.ndar
     assert np.std(want - base) > 0.02 * np.std(base), "a change too small to be seen"
     assert_close(got, want, TOLERANCE)
     np.testing.assert_array_equal(denoise(context, model), base)
-
-
-def matrices(model: lora_dit.Model) -> list[str]:
-    """The original's modules that are matrices."""
-    weights = lora_dit.original(model)
-    return [m for m in lora_dit.family(model).modules(model) if weights.get(f"{m}.weight", np.zeros(1)).ndim == 2]
-
-
-def split(model: lora_dit.Model, modules: Iterable[str]) -> list[str]:
-    return [part for module in modules for part in lora_dit.family(model).modules(model)[module]]
 
 
 SPELLINGS = {
@@ -227,6 +183,60 @@ def test_case_37_t5_is_meant_by_whatever_number(dit: Opens, tmp_path: Path) -> N
         tensors = {f"{prefix}{stem}.{role}": values for role, values in factors.items()}
         report = dit(FLUX).inspect_lora(lora_dit.write(tensors, tmp_path / f"{prefix}.safetensors"))
         assert (report.text_modules, report.unet_modules, report.unmatched) == (1, 0, [])
+
+
+def test_text_encoders_of_sd3_have_multipliers_of_their_own(dit: Opens, tmp_path: Path) -> None:
+    """te1, te2 and te3 in one file, with te2= and te3= of its tag: each as a file of that encoder alone."""
+    rng = np.random.default_rng(1)
+    layer, block = "text_model_encoder_layers_0_mlp_fc1", "encoder_block_1_layer_1_DenseReluDense_wi_0"
+    files: dict[str, Tensors] = {}
+    for key, stem, inputs, outputs in (
+        ("te", f"lora_te1_{layer}", SD3.clip_l, 4 * SD3.clip_l),
+        ("te2", f"lora_te2_{layer}", SD3.clip_g, 4 * SD3.clip_g),
+        ("te3", f"lora_te3_{block}", SD3.context, 2 * SD3.context),
+    ):
+        files[key] = {
+            f"{stem}.lora_down.weight": rng.standard_normal((4, inputs)).astype(np.float32),
+            f"{stem}.lora_up.weight": rng.standard_normal((outputs, 4)).astype(np.float32) / 8,
+        }
+    whole = lora_dit.write({k: v for tensors in files.values() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+    alone = {key: lora_dit.write(tensors, tmp_path / f"{key}.safetensors") for key, tensors in files.items()}
+    context = dit(SD3)
+
+    def paint(loras: dict[Path, Any]) -> np.ndarray:
+        context.generate("a cat", loras=loras, width=32, height=32, steps=1, cfg_scale=1.0, seed=1)
+        return _native.probe_latent(context._native)
+
+    plain, seen = paint({}), []
+    for told in ({"te": 0.5, "te2": 1.0, "te3": -0.5}, {"te": 0.0, "te2": 1.0, "te3": 0.0}, {"te": 0.5, "te3": 0.0}):
+        multipliers = {"te2": told["te"], "te3": told["te"], **told}
+        want = paint({alone[key]: multiplier for key, multiplier in multipliers.items()})
+        got = paint({whole: {"unet": 0.0, **told}})
+        assert_close(got, want, TOLERANCE)
+        assert all(np.std(got - other) > 1e-3 * np.std(plain) for other in (plain, *seen)), "too small to be seen"
+        seen.append(got)
+    np.testing.assert_array_equal(paint({}), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("FLUX.1-Turbo-Alpha", "Turbo, made for steps 8 and multiplier 1;"),
+        ("Hyper-FLUX.1-dev-16steps-lora", "Hyper, made for steps 16 and multiplier 0.125;"),
+    ],
+)
+def test_a_distilled_lora_says_its_settings(
+    name: str, told: str, dit: Opens, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    update = lora_dit.random_update(FLUX, ["img_in"])
+    path = lora_dit.write(kohya()(update), tmp_path / f"{name}.safetensors")
+    request = {"width": 32, "height": 32, "steps": 8}
+    dit(FLUX).generate("a cat", loras={path: 0.125}, **request)
+    assert not caplog.records
+    dit(FLUX).generate("a cat", loras={path: 1.0}, **{**request, "steps": 20})
+    assert told in caplog.text
+    assert len(caplog.records) == 1
+    dit(FLUX).apply_loras({})
 
 
 def test_guidance_of_a_lora_for_dev_is_absent_from_schnell(dit: Opens, tmp_path: Path) -> None:
@@ -407,3 +417,58 @@ def test_weights_that_are_written(mode: str, dit_with: Callable[..., SDContext],
         assert_close(denoise(context, FLUX), want, TOLERANCE)
         context.reset_loras()
         assert context.fingerprint() == fingerprint
+
+
+# ---- weights per block ---------------------------------------------------------------------------------
+
+
+ON = {
+    "flux": (FLUX, 58, {2: "transformer_blocks.1.", 21: "single_transformer_blocks.1."}),
+    "sd3.5": (SD35_MEDIUM, 25, {2: "transformer_blocks.1."}),
+}
+
+
+@pytest.mark.parametrize(("model", "n", "on"), ON.values(), ids=ON)
+def test_weights_per_block(model: lora_dit.Model, n: int, on: dict[int, str], dit: Opens, tmp_path: Path) -> None:
+    """lbw leaves of a LoRA what lies in the blocks that are on, halves where it says so."""
+    update = lora_dit.random_update(model, split(model, matrices(model)))
+    inside = {path: factors for path, factors in update.items() if path.startswith(tuple(on.values()))}
+    whole = lora_dit.write(peft("transformer.")(update), tmp_path / "whole.safetensors")
+    part = lora_dit.write(peft("transformer.")(inside), tmp_path / "part.safetensors")
+    numbers = ",".join("0.5" if i in on else "0" for i in range(n))
+    context = dit(model)
+    context.apply_loras([(str(part), 0.5)])
+    want = denoise(context, model)
+    context.apply_loras([(str(whole), {"lbw": numbers})])
+    got = denoise(context, model)
+    context.apply_loras([])
+    assert np.std(want - denoise(context, model)) > 0.02 * np.std(want), "a change too small to be seen"
+    assert_close(got, want, TOLERANCE)
+
+
+def test_the_text_encoders_of_flux_have_numbers_of_their_own(dit: Opens, tmp_path: Path) -> None:
+    """The first of 61 is CLIP's, the second T5's."""
+    rng = np.random.default_rng(0)
+    files: dict[str, Tensors] = {}
+    for name, stem, out, inputs in (
+        ("CLIP", "lora_te1_text_model_encoder_layers_0_mlp_fc1", 4 * FLUX.pooled, FLUX.pooled),
+        ("T5", "lora_te2_encoder_block_0_layer_0_SelfAttention_q", 64, FLUX.context),
+    ):
+        files[name] = {
+            f"{stem}.lora_down.weight": rng.standard_normal((4, inputs)).astype(np.float32),
+            f"{stem}.lora_up.weight": rng.standard_normal((out, 4)).astype(np.float32),
+        }
+    both = lora_dit.write(files["CLIP"] | files["T5"], tmp_path / "both.safetensors")
+    context = dit(FLUX)
+    request: dict[str, Any] = {"width": 32, "height": 32, "steps": 1, "seed": 1}
+
+    def latent(loras: Any) -> np.ndarray:
+        context.generate("a heart", loras=loras, **request)
+        return _native.probe_latent(context._native)
+
+    for i, name in enumerate(files):
+        alone = lora_dit.write(files[name], tmp_path / f"{name}.safetensors")
+        numbers = ",".join("1" if k == i else "0" for k in range(61))
+        want = latent([(str(alone), 1.0)])
+        assert np.any(want != latent([]))
+        np.testing.assert_array_equal(latent([(str(both), {"lbw": numbers})]), want)

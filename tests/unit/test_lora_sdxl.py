@@ -5,6 +5,8 @@ Numbers in names (test_case_38_...) are those of the cases in the catalogue of L
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,8 @@ import tiny_sdxl
 from cases import SD2, SDXL, denoise, text
 from closeness import assert_close, relative_rmse
 from lora_files import Update, random_update, save, tensors_of
+from rich.console import Console
+from tiny_sdxl import SSD_1B
 
 from sdcpp_py import BadFile, SDContext, _native
 
@@ -208,6 +212,94 @@ def test_encoders_have_their_own_multiplier(tmp_path: Path, model: Model) -> Non
     )
     for told, alone in (({"te": 0.7, "unet": 0.0}, of_text), ({"te": 0.0, "unet": 0.7}, of_unet)):
         assert_same_answers(model.answers("runtime", {file: told}), model.answers("runtime", {alone: 0.7}))
+
+
+@pytest.mark.parametrize("mode", ["runtime", "restore"])
+def test_each_text_encoder_of_sdxl_by_itself(
+    mode: str, tiny_folder: Callable[..., Path], model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """te, te2 and unet of one tag are three multipliers; te alone is of both encoders."""
+    parts = {part: lora_files.modules("linear", part, SDXL)[::3] for part in tiny.components(SDXL)}
+    updates = {part: random_update(paths, seed=4, model=SDXL) for part, paths in parts.items() if part != "vae"}
+    whole = {path: factors for update in updates.values() for path, factors in update.items()}
+    save(tmp_path / "x.safetensors", tensors_of(whole, lora_files.numbered))
+    model = Model(SDXL, tiny_folder(SDXL), {}, "", {})
+    with SDContext(tiny_folder(SDXL), threads=1, lora_mode=mode, lora_dir=tmp_path) as context:
+        for tag, (te, te2, unet) in {
+            "te=0.4:te2=0.9:unet=-0.5": (0.4, 0.9, -0.5),
+            "0.7:te2=0": (0.7, 0.0, 0.7),
+            "0:te2=0.7": (0.0, 0.7, 0.0),
+            "0.6": (0.6, 0.6, 0.6),
+        }.items():
+            told = {"text_encoder": te, "text_encoder_2": te2, "unet": unet}
+            want = model_with(model, *((update, told[part]) for part, update in updates.items()))
+            request = {"steps": 1, "cfg_scale": 1.0, "width": 32, "height": 32, "seed": 1}
+            context.generate(f"a cat <lora:x:{tag}>", **request)
+            assert_same_answers(answers(SDXL, context), want)
+        context.generate("a cat", **request)
+
+
+def test_loras_of_sdxl_with_blocks_removed(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """SSD-1B's by both names of its UNet; of those for a whole SDXL, what there is, and a warning."""
+    update = random_update(lora_files.modules("linear conv", "unet", SSD_1B), seed=8, model=SSD_1B)
+    hf = save(tmp_path / "hf.safetensors", tensors_of(update, lora_files.numbered))
+    original = save(tmp_path / "sgm.safetensors", tensors_of(update, partial(sgm, SSD_1B)))
+    middle = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": next(iter(update.values()))}
+    whole = save(tmp_path / "whole.safetensors", tensors_of({**update, **middle}, lora_files.numbered))
+    changed = lora_files.merged((update, 0.6), model=SSD_1B, weights=lora_files.base(SSD_1B))
+    path = lora_files.write_model(tmp_path / "changed", tiny_folder(SSD_1B), changed, SSD_1B)
+    with SDContext(path, threads=1) as context:
+        want = answers(SSD_1B, context)
+    with SDContext(tiny_folder(SSD_1B), threads=1) as context:
+        for file in (hf, original, whole):
+            context.apply_loras({file: 0.6})
+            (report,) = context.lora_reports
+            assert len(report.applied) == len(update)
+            assert (len(report.unmatched) > 0) == (file == whole)
+            # At its deepest level are 2 x 2 cells, which norms of so few make worse: torch's float32 is 2e-5 away.
+            assert_close(answers(SSD_1B, context)["denoise"], want["denoise"], 1e-4)
+    strict = SDContext(tiny_folder(SSD_1B), threads=1, strict_loras=True)
+    with strict, pytest.raises(BadFile, match="fit nothing in this model"):
+        strict.apply_loras({whole: 1.0})
+
+
+# ---- LoRAs that want settings of their own -------------------------------------------------------------
+
+NAMES_THAT_TELL = {
+    "lcm-lora-sdxl": "LCM, made for steps 4, cfg_scale 1, sampler 'lcm' and scheduler 'simple'",
+    "sdxl_lightning_8step_lora": "Lightning, made for steps 8, cfg_scale 1, sampler 'euler'",
+    "Hyper-SDXL-8steps-lora": "Hyper, made for steps 8, cfg_scale 1, sampler 'euler'",
+    "Hyper-SDXL-12steps-CFG-lora": "Hyper, made for steps 12, cfg_scale 6, ",
+    "sd_xl_turbo_lora_v1": "Turbo, made for steps 4, cfg_scale 1, sampler 'euler_a'",
+    "TCD-SDXL-LoRA": "TCD, made for steps 4, cfg_scale 1, sampler 'tcd'",
+    "dmd2_sdxl_4step_lora": "DMD2, made for steps 4, cfg_scale 1, sampler 'lcm'",
+}
+
+
+@pytest.mark.parametrize("name", [*NAMES_THAT_TELL, "pencil", "hyperrealism", "lightning bolts", "turbo-car-lora"])
+def test_a_distilled_lora_says_its_settings(
+    name: str, tiny_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, where a picture is asked for with the usual ones; and in its report."""
+    update = random_update(["unet.conv_in"], seed=1, model=SDXL)
+    save(tmp_path / f"{name}.safetensors", tensors_of(update, lora_files.numbered))
+    size = {"width": 32, "height": 32}
+    with SDContext(tiny_folder(SDXL), threads=1, lora_dir=tmp_path) as context:
+        report = context.inspect_lora(name)
+        assert bool(report.settings) == (name in NAMES_THAT_TELL)
+        context.generate(f"a cat <lora:{name}>", steps=4, cfg_scale=1.0, **size)
+        context.generate(f"a cat <lora:{name}:1:0>", **size)  # acts on no denoiser
+        assert not caplog.records
+        for _ in range(2):
+            context.generate(f"a cat <lora:{name}>", **size)
+        assert len(caplog.records) == (name in NAMES_THAT_TELL)
+        if name in NAMES_THAT_TELL:
+            assert re.search(rf"{name}.*: by its name {NAMES_THAT_TELL[name]}", caplog.text)
+            assert "this picture has steps 30, cfg_scale 6 and multiplier 1" in caplog.text
+            assert re.search(NAMES_THAT_TELL[name], report.settings)
+            console = Console(file=io.StringIO(), width=200)
+            console.print(report.table())
+            assert "by its name" in console.file.getvalue()
 
 
 # ---- LoRAs of other models -----------------------------------------------------------------------------

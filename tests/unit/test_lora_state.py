@@ -16,7 +16,7 @@ from sdcpp_py.errors import BadArgument, Internal, Unsupported
 from sdcpp_py.lora.blocks import PRESETS, read_blocks
 from sdcpp_py.lora.library import LoraLibrary
 from sdcpp_py.lora.report import LoraReport
-from sdcpp_py.lora.state import LoraUse, multipliers, read_uses
+from sdcpp_py.lora.state import LoraUse, lora_tags, multipliers, read_uses
 from sdcpp_py.prompt import LoraTag, parse
 
 
@@ -55,6 +55,44 @@ def of_prompt(library: LoraLibrary, prompt: str, **options: Any) -> list[tuple[s
 )
 def test_tags_become_uses(library: LoraLibrary, prompt: str, want: list[tuple[str, float, float]]) -> None:
     assert of_prompt(library, prompt) == want
+
+
+ENCODERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("sdxl", "<lora:x:te=0.5:te2=0.75:unet=1>", {"te": 0.5, "te2": 0.75, "unet": 1.0}),
+    ("sdxl", "<lora:x:0.5:te2=0.5>", {"te": 0.5, "unet": 0.5}),
+    ("sdxl", "<lora:x:0:te2=1>", {"te": 0.0, "te2": 1.0, "unet": 0.0}),
+    ("sd3", "<lora:x:0.5:te3=0>", {"te": 0.5, "te3": 0.0, "unet": 0.5}),
+    ("sd3", "<lora:x:0.5:te2=1:te3=0.25>", {"te": 0.5, "te2": 1.0, "te3": 0.25, "unet": 0.5}),
+    ("flux", "<lora:x:0.5:te3=1>", {"te": 0.5, "te3": 1.0, "unet": 0.5}),
+    # The same twice is the sum for each encoder; what is not said follows te.
+    ("sdxl", "<lora:x:0.25> <lora:x:0.5:te2=1>", {"te": 0.75, "te2": 1.25, "unet": 0.75}),
+    ("sdxl", "<lora:x:0.25:te2=0.5> <lora:x:0.5:te2=0.25>", {"te": 0.75, "unet": 0.75}),
+]
+
+
+@pytest.mark.parametrize(("family", "prompt", "want"), ENCODERS)
+def test_text_encoders_by_themselves(library: LoraLibrary, family: str, prompt: str, want: dict[str, Any]) -> None:
+    uses = read_uses(library, tags=parse(prompt).loras, family=family)
+    assert multipliers(library, uses) == {"x": want}
+    by_argument = read_uses(library, loras={"x": want}, family=family)
+    assert by_argument == uses
+    (tag,) = parse("".join(lora_tags(library, {"x": want}))).loras
+    assert read_uses(library, tags=[tag], family=family) == uses
+    both = {"te2": want["te"], "te3": want["te"], **want}
+    assert {key: uses[0].native()[key] for key in both} == both
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "told"),
+    [("sd1", "te2", "CLIP-G"), ("sd2", "te3", "T5"), ("sdxl", "te3", "T5"), ("flux", "te2", "CLIP-G")],
+)
+def test_a_text_encoder_that_is_not_there_is_said(
+    library: LoraLibrary, family: str, key: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="sdcpp_py"):
+        uses = read_uses(library, tags=parse(f"<lora:x:0.5:{key}=1>").loras, family=family)
+    assert f"{key} is for {told}" in caplog.text
+    assert multipliers(library, uses) == {"x": {"te": 0.5, "unet": 0.5}}
 
 
 def test_case_53_the_same_twice_is_one_with_the_sum(library: LoraLibrary) -> None:
@@ -110,7 +148,8 @@ def test_a_tag_never_is_a_path(library: LoraLibrary, tmp_path: Path) -> None:
         ([("x", 10**400)], "must be a finite number"),
         ([("x", 1, 2)], "is no LoRA; write"),
         ([(3, 1.0)], "named by text or a path, not int"),
-        ([("x", {"tee": 1})], "'tee' is not known; there are: te, unet"),
+        ([("x", {"tee": 1})], "'tee' is not known; there are: te, te2, te3, unet"),
+        ([("x", {"te2": "a"})], "must be a finite number"),
         ([("x", {"te": "a"})], "must be a finite number"),
         ([("x", {"lbw": 3})], "lbw must be text"),
         ([("x", {"start": "a"})], "start 'a' must be a step"),
@@ -301,6 +340,11 @@ def test_whole_presets() -> None:
         (",".join(["1"] * 16 + ["R"]), "sd1", "'R' is no finite number"),
         (",".join(["1"] * 16 + ["nan"]), "sd1", "'nan' is no finite number"),
         (",".join(["1"] * 16 + [""]), "sd1", "'' is no finite number"),
+        ("INS", "flux", "is no preset; there are: NONE, ALL, DOUBLE, SINGLE, ALL0.5"),
+        ("DOUBLE", "sd3", "is no preset; there are: NONE, ALL, ALL0.5"),
+        ("1,1,1", "flux", "has 3 numbers; this model's layouts have 57 or 58 or 61"),
+        (",".join("1" * 17), "sd3", "has 17 numbers; this model's layouts have 25 or 39"),
+        (",".join(["1"] * 60 + ["R"]), "flux", "'R' is no finite number"),
     ],
 )
 def test_bad_block_weights(text: str, family: str, message: str) -> None:
@@ -308,11 +352,58 @@ def test_bad_block_weights(text: str, family: str, message: str) -> None:
         read_blocks(text, family)
 
 
+IN_FLUX = "model.diffusion_model."
+DOUBLE = [f"{IN_FLUX}double_blocks.{i}.img_attn.qkv.weight" for i in range(19)]
+SINGLE = [f"{IN_FLUX}single_blocks.{i}.linear1.weight" for i in range(38)]
+AROUND = {
+    "CLIP": ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"],
+    "T5": ["text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight"],
+    "IN": [f"{IN_FLUX}{name}.weight" for name in (
+        "img_in", "txt_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer"
+    )],
+    "OUT": [f"{IN_FLUX}final_layer.linear.weight"],
+}  # fmt: skip
+
+
+def test_layouts_of_flux() -> None:
+    """61 as LoRA Block Weight orders them; 58 with one number for what lies around, and 57 with none."""
+    blocks = read_blocks(",".join(str(i / 4) for i in range(61)), "flux")
+    parts = [AROUND["CLIP"], AROUND["T5"], AROUND["IN"], *([w] for w in DOUBLE + SINGLE), AROUND["OUT"]]
+    assert [{factor(blocks, w) for w in part} for part in parts] == [{i / 4} for i in range(61)]
+    around = [w for part in AROUND.values() for w in part]
+    blocks = read_blocks(",".join(str(i / 4) for i in range(58)), "flux")
+    assert {factor(blocks, w) for w in around} == {0.0}
+    assert [factor(blocks, w) for w in DOUBLE + SINGLE] == [i / 4 for i in range(1, 58)]
+    blocks = read_blocks(",".join(str(i / 4) for i in range(57)), "flux")
+    assert {factor(blocks, w) for w in around} == {1.0}
+    assert [factor(blocks, w) for w in DOUBLE + SINGLE] == [i / 4 for i in range(57)]
+
+
+@pytest.mark.parametrize("n", [24, 38])
+def test_layouts_of_sd3(n: int) -> None:
+    blocks = read_blocks(",".join(str(i / 4) for i in range(n + 1)), "sd3")
+    joint = [f"model.diffusion_model.joint_blocks.{i}.x_block.attn.qkv.weight" for i in range(n)]
+    assert [factor(blocks, w) for w in joint] == [i / 4 for i in range(1, n + 1)]
+    assert factor(blocks, "model.diffusion_model.x_embedder.proj.weight") == 0
+    assert factor(blocks, "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight") == 0
+
+
+def test_presets_of_transformers() -> None:
+    for family in ("flux", "sd3"):
+        assert read_blocks("all", family) == ()
+        assert read_blocks("ALL0.5", family) == (("", 0.5),)
+        assert read_blocks("NONE", family) == (("", 0.0),)
+    double, single = read_blocks("DOUBLE", "flux"), read_blocks("single", "flux")
+    assert {factor(double, w) for w in DOUBLE} == {factor(single, w) for w in SINGLE} == {1.0}
+    assert {factor(double, w) for w in SINGLE} == {factor(single, w) for w in DOUBLE} == {0.0}
+    assert factor(double, AROUND["IN"][0]) == 1.0
+
+
 def test_block_weights_of_other_families_have_no_effect(library: LoraLibrary, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sdcpp_py"):
-        (use,) = read_uses(library, tags=parse("<lora:x:1:lbw=INS>").loras, family="flux")
+        (use,) = read_uses(library, tags=parse("<lora:x:1:lbw=INS>").loras, family="chroma")
     assert use.blocks == ()
-    assert "lbw has no effect on flux models" in caplog.text
+    assert "lbw has no effect on chroma models" in caplog.text
 
 
 # ---- reports -------------------------------------------------------------------------------------------
@@ -321,6 +412,7 @@ JSON = json.dumps(
     {
         "path": "/loras/pencil.safetensors",
         "base_model": "SD1",
+        "settings": "",
         "formats": {"kohya": 264},
         "kinds": {"lora": 260, "loha": 4},
         "ranks": {"4": 4, "16": 260},

@@ -15,6 +15,7 @@ import tiny_sdxl
 from cases import NETWORKS, SD2, SDXL
 from closeness import assert_close
 from safetensors.numpy import load_file, save_file
+from tiny_sdxl import KOALA, SSD_1B
 
 from sdcpp_py import BadArgument, BadFile, SDContext, Unsupported, _native
 
@@ -136,6 +137,41 @@ def test_the_refiner_is_refused_by_its_name(single: Callable[..., Path], tmp_pat
 
     with pytest.raises(Unsupported, match="refiner"):
         SDContext(edited(single(SDXL), tmp_path / "refiner.safetensors", change))
+
+
+@pytest.mark.parametrize("model", [SSD_1B, KOALA], ids=["ssd-1b", "koala"])
+def test_sdxl_with_blocks_removed(model: tiny.TinySD1, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """SSD-1B, Segmind Vega and KOALA are SDXL: from a folder, a single file, and a UNet alone under bare names."""
+    single = tiny_sdxl.write_single(model, tmp_path / "single.safetensors")
+    prefix = "model.diffusion_model."
+    bare = edited(single, tmp_path / "bare.safetensors", keep(prefix, without=prefix))
+    folder = tiny_folder(model)
+    files = {"vae": folder / "vae", "clip_l": folder / "text_encoder", "clip_g": folder / "text_encoder_2"}
+    with SDContext(folder, threads=1) as want:
+        assert want.info.family == "sdxl"
+        for path, parts in ((single, {}), (bare, files)):
+            with SDContext(path, threads=1, **parts) as context:
+                assert context.fingerprint() == want.fingerprint()
+
+
+@pytest.mark.parametrize("part", ["0.in_layers.2", "0.", "1.", "1.norm", "1.transformer_blocks.0.attn2", "2."])
+def test_half_a_middle_is_a_damaged_file(part: str, single: Callable[..., Path], tmp_path: Path) -> None:
+    """And no model with blocks removed."""
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(f"model.diffusion_model.middle_block.{part}")]:
+            del tensors[name]
+
+    with pytest.raises(BadFile, match=r"weights (are|is) missing, first .*middle_block"):
+        SDContext(edited(single(SDXL), tmp_path / "half.safetensors", change))
+
+
+def test_small_sd1_models_have_no_middle(tmp_path: Path) -> None:
+    """As BK-SDM-Small."""
+    model = tiny.TinySD1(unet_middle="none")
+    with SDContext(tiny_sdxl.write_single(model, tmp_path / "small.safetensors"), threads=1) as context:
+        assert context.info.family == "sd1"
+        context.generate("a cat", width=32, height=32, steps=1)
 
 
 Q_PROJ = "text_model.encoder.layers.1.self_attn.q_proj"

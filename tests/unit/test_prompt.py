@@ -111,6 +111,9 @@ def test_a_weight_that_is_no_finite_number_is_an_error(text):
         ("<lora:x:unet=0.5>", LoraTag("x", 1, 0.5)),
         ("<lora:x:te=0.5:unet=1>", LoraTag("x", 0.5, 1)),
         ("<lora:x:0.2:unet=1>", LoraTag("x", 0.2, 1)),
+        ("<lora:x:te=0.5:te2=0.8:unet=1>", LoraTag("x", 0.5, 1, te2=0.8)),
+        ("<lora:x:0.5:te2=0:te3=-1>", LoraTag("x", 0.5, 0.5, te2=0, te3=-1)),
+        ("<lora:x:te3=0.25>", LoraTag("x", 1, 1, te3=0.25)),
         ("<lora:x:0.8:start=5:stop=10>", LoraTag("x", 0.8, 0.8, start=5, stop=10)),
         ("<lora:x:1:1:lbw=1,0,0.5>", LoraTag("x", lbw="1,0,0.5")),
         ("<lora:a=b:0.5>", LoraTag("a=b", 0.5, 0.5)),
@@ -131,7 +134,22 @@ def test_tags_keep_their_order_and_brackets_do_not_touch_them():
     assert prompt.spans == (Span("a ", 1.5), Span("  b"))
 
 
-BAD_ARGUMENTS = ["", "abc", "nan", "inf", "1_0", "0x1", "1e999", "٣", "te=", "te=1=2", "start=-1", "stop=1.5"]
+BAD_ARGUMENTS = [
+    "",
+    "abc",
+    "nan",
+    "inf",
+    "1_0",
+    "0x1",
+    "1e999",
+    "٣",
+    "te=",
+    "te2=a",
+    "te3=nan",
+    "te=1=2",
+    "start=-1",
+    "stop=1.5",
+]
 
 
 @pytest.mark.parametrize("tag", ["<lora:>", "<lora: :1>", *(f"<lora:x:{text}>" for text in BAD_ARGUMENTS)])
@@ -146,6 +164,7 @@ def test_a_tag_that_cannot_be_meant_is_an_error(tag):
         ("<lora:x:1:1:8>", "'8' in '<lora:x:1:1:8>' has no effect"),
         ("<lora:x:dyn=8>", "'dyn=8' in .* has no effect"),
         ("<lora:x:20>", "20 in .* far beyond"),
+        ("<lora:x:te2=-20>", "-20 in .* far beyond"),
         ("<hypernet:x:1>", "hypernetworks are not supported"),
         ("<Lora:x>", "read as words"),
         ("<lora:x", "read as words"),

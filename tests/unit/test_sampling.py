@@ -22,16 +22,21 @@ def toy(x: np.ndarray, sigma: float) -> np.ndarray:
     return ref.toy_denoiser(x, sigma).astype(np.float32)
 
 
-def run(case: ref.Case, denoise=toy, x=None) -> np.ndarray:
+def toy_flow(x: np.ndarray, sigma: float) -> np.ndarray:
+    return ref.toy_flow(x, sigma).astype(np.float32)
+
+
+def run(case: ref.Case, denoise=None, x=None) -> np.ndarray:
     return _native.probe_sample(
         case.sampler,
         np.array(case.sigmas, np.float32),
-        denoise,
+        denoise or (toy_flow if case.flow else toy),
         case.start() if x is None else x,
         rng=case.rng,
         seed=case.seed,
         skip=case.size,
         eta=case.eta,
+        flow=case.flow,
     )
 
 
@@ -106,6 +111,18 @@ def test_sigmas_match_diffusers(key):
     got = _native.probe_sigmas(scheduler, int(steps))
     np.testing.assert_allclose(got, GOLDEN[key], rtol=5e-5)
     assert ref.relative_rmse(got, GOLDEN[key]) < 1e-5
+
+
+@pytest.mark.parametrize("key", keys("zero-snr"))
+def test_zero_snr_sigmas_match_diffusers(key):
+    """In float32 diffusers' highest alphas but the last keep four digits: so far from 0 is what is left of them."""
+    _, scheduler, steps = key.split("/")
+    got = _native.probe_sigmas(scheduler, int(steps), zero_snr=True)
+    np.testing.assert_allclose(got, GOLDEN[key], rtol=2e-3)
+
+
+def test_zero_snr_sigmas_match_their_twin():
+    np.testing.assert_allclose(_native.probe_sigmas("simple", 1000, zero_snr=True)[:-1], ref.ZERO_SNR[::-1], rtol=5e-7)
 
 
 @pytest.mark.parametrize("scheduler", ref.SIGMAS)
@@ -183,7 +200,10 @@ def test_samples_are_distributed_as_the_data(sampler):
     """The toy denoiser is exact, so samplers draw from its mixture: mean 0.22, standard deviation 0.711."""
     if sampler == "lcm":
         pytest.skip("LCM's consistency function is not the posterior mean")
-    x = run(ref.Case(sampler, engine_sigmas("karras", 60), images=1, size=20000))
+    eta = (
+        0.01 if sampler == "tcd" else -1.0
+    )  # its own leads far beyond the next level, as a consistency function allows
+    x = run(ref.Case(sampler, engine_sigmas("karras", 60), eta, images=1, size=20000))
     assert x.mean() == pytest.approx(0.22, abs=0.03)
     assert x.std() == pytest.approx(0.711, rel=0.05)  # euler_a, of first order, is 3.5 percent low
 
@@ -202,7 +222,7 @@ def test_what_the_denoiser_raises_comes_out(sampler):
 def test_eta_is_ignored_by_samplers_without_noise():
     for sampler, (_, _, takes_eta) in ref.SAMPLERS.items():
         case = ref.Case(sampler, engine_sigmas("karras", 8))
-        assert np.array_equal(run(case), run(case._replace(eta=0.3))) != takes_eta
+        assert np.array_equal(run(case), run(case._replace(eta=0.4))) != takes_eta
 
 
 def test_unknown_names_are_told_the_known_ones():
@@ -223,3 +243,48 @@ def test_sigmas_that_do_not_fall_are_refused(sigmas):
 def test_eta_that_is_no_number_is_refused():
     with pytest.raises(Exception, match="eta is"):
         run(ref.Case("euler_a", (1.0, 0.0), eta=np.nan))
+
+
+# -------------------------------------------------------------------------------------- rectified flows
+
+
+FLOW_SAMPLERS = [sampler for sampler in ref.SAMPLERS if sampler != "tcd"]
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("eta", [-1.0, 0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize(("steps", "shift", "first"), [(4, 1.0, 1.0), (9, 3.0, 1.0), (28, 3.15, 0.8), (1, 3.0, 1.0)])
+def test_samplers_of_flows_match_their_twins(sampler, eta, steps, shift, first):
+    case = ref.Case(sampler, ref.flow_sigmas(steps, shift, first), eta, flow=True)
+    assert ref.relative_rmse(run(case), ref.sample(case)) < 2e-6
+
+
+@pytest.mark.parametrize("sampler", [sampler for sampler in FLOW_SAMPLERS if sampler != "lcm"])
+def test_samples_of_flows_are_distributed_as_the_data(sampler):
+    """As above, from pure noise to the mixture of mean 0.22 and standard deviation 0.711; not of LCM, whose consistency
+    function is not the posterior mean."""
+    x = run(ref.Case(sampler, ref.flow_sigmas(120), images=1, size=20000, flow=True))
+    assert x.mean() == pytest.approx(0.22, abs=0.03)
+    assert x.std() == pytest.approx(0.711, rel=0.05)  # euler_a, of first order, is 3.5 percent low
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2s_a", "dpm++2m_sde", "lcm"])
+def test_samplers_of_flows_are_those_of_the_scaled_latent(sampler):
+    """x / (1 - sigma) is x0 + s noise, with s = sigma / (1 - sigma): these step in log(s), whichever is asked."""
+    sigmas = np.array(ref.flow_sigmas(9, first=0.9))
+    scaled = ref.Case(sampler, tuple(sigmas / (1 - sigmas)), 0.0 if sampler == "dpm++2s_a" else -1.0)
+    flow = scaled._replace(sigmas=tuple(sigmas), flow=True)
+    assert ref.relative_rmse(ref.sample(flow), ref.sample(scaled)) < 1e-6
+    assert ref.relative_rmse(run(flow), ref.sample(scaled)) < 2e-6
+
+
+def test_tcd_is_not_for_flows():
+    with pytest.raises(
+        Exception, match="sampler 'tcd' counts in timesteps of a diffusion, which a rectified flow has not"
+    ):
+        run(ref.Case("tcd", (1.0, 0.0), flow=True), x=ONES)
+
+
+def test_sigmas_of_flows_end_at_1():
+    with pytest.raises(Exception, match=r"sigma 1 of 2 is 1\.5: those of a rectified flow are at most 1"):
+        run(ref.Case("euler_a", (1.5, 0.0), flow=True), x=ONES)

@@ -29,6 +29,10 @@ std::vector<sd::Prompt> to_prompts(const sd_prompt * from, int n) {
     return prompts;
 }
 
+sd::PictureSizes to_sizes(const sd_sizes & from) {
+    return {from.original_width, from.original_height, from.crop_top, from.crop_left, from.target_width, from.target_height};
+}
+
 sd::Request to_request(const sd_request & from) {
     sd::Request request;
     request.prompts = to_prompts(from.prompts, from.n_prompts);
@@ -39,7 +43,10 @@ sd::Request to_request(const sd_request & from) {
     request.width = from.width;
     request.height = from.height;
     request.steps = from.steps;
+    request.sizes = to_sizes(from.sizes);
+    request.negative_sizes = to_sizes(from.negative_sizes);
     request.cfg_scale = from.cfg_scale;
+    request.guidance_rescale = from.guidance_rescale;
     request.guidance = from.guidance;
     request.shift = from.shift;
     request.seed = from.seed;
@@ -53,6 +60,9 @@ sd::Request to_request(const sd_request & from) {
     request.strength = from.strength;
     request.mask = from.mask;
     request.control_image = from.control_image;
+    request.reference_image = from.reference_image;
+    request.reference_width = from.reference_width;
+    request.reference_height = from.reference_height;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -74,6 +84,7 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     const sd::Defaults   defaults = pipeline.defaults();
     sd_request           request{};
     request.width = request.height = pipeline.native_size();
+    request.sizes = request.negative_sizes = {0, 0, -1, -1, 0, 0};
     request.steps = defaults.steps;
     request.cfg_scale = defaults.cfg_scale;
     request.guidance = defaults.guidance > 0 ? defaults.guidance : -1;

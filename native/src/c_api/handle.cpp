@@ -18,7 +18,8 @@ std::vector<LoraUse> to_loras(const sd_lora * from, int n) {
     for (int i = 0; i < n; ++i) {
         need(from, "the list of LoRAs");
         need(from[i].path, "the path of a LoRA");
-        LoraUse use{from[i].path, from[i].text, from[i].unet, from[i].start, from[i].stop, {}};
+        const double * of_text = from[i].text;
+        LoraUse        use{from[i].path, {of_text[0], of_text[1], of_text[2]}, from[i].unet, from[i].start, from[i].stop, {}};
         for (int k = 0; k < from[i].n_blocks; ++k) {
             need(from[i].blocks, "the block weights of a LoRA");
             use.blocks.push_back({or_empty(from[i].blocks[k].prefix), from[i].blocks[k].factor});

@@ -32,7 +32,7 @@ bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora) {
         return false;
     }
     const sd::LoraUse & use = uses[index];
-    *lora = {use.path.c_str(), use.text, use.unet, use.start, use.stop, nullptr, 0};
+    *lora = {use.path.c_str(), {use.text[0], use.text[1], use.text[2]}, use.unet, use.start, use.stop, nullptr, 0};
     return true;
 }
 

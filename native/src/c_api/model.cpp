@@ -50,6 +50,9 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         open.data_dir = or_empty(params->data_dir);
         open.backend = or_empty(params->backend);
         open.prediction = or_empty(params->prediction);
+        if (params->zero_snr != 0) {
+            open.zero_snr = params->zero_snr > 0;
+        }
         open.threads = params->threads;
         open.precision = or_empty(params->precision);
         open.in_ram = is_in_ram(or_empty(params->base_copy));
@@ -86,7 +89,8 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
             pipeline.input_channels(),
             context.weights().resident_bytes(),
             static_cast<int>(context.weights().weights().size()),
-            pipeline.latent_format().reduction};
+            pipeline.latent_format().reduction,
+            pipeline.is_zero_snr()};
 }
 
 sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]) {

@@ -5,6 +5,7 @@
 #include "checkpoint/gguf.h"
 #include "checkpoint/safetensors.h"
 #include "families/t5_text.h"
+#include "kernels/peak.h"
 #include "sampling/rng.h"
 #include "sampling/sampler.h"
 #include "sampling/schedule.h"
@@ -70,6 +71,15 @@ bool sd_probe_operation(const sd_ctx * ctx, int index, sd_operation_cost * cost)
     const auto & [what, of] = *std::next(ctx->context.profile().begin(), index);
     *cost = {what.first.c_str(), what.second.c_str(), of.count, of.seconds, of.flops};
     return true;
+}
+
+sd_status sd_probe_peak(sd_ctx * ctx, double * flops) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(flops, "flops");
+        const sd::Device & device = ctx->context.device();
+        *flops = device.kernels() ? sd::peak_rate(*device.kernels(), device.pool()) : 0;
+    });
 }
 
 sd_status sd_probe_text(sd_ctx * ctx, const char * text, sd_receive receive, void * user) {
@@ -146,14 +156,15 @@ sd_status sd_probe_noise(const char * rng, uint64_t seed, int64_t n, sd_receive 
     });
 }
 
-sd_status sd_probe_sigmas(const char * scheduler, int steps, sd_receive receive, void * user) {
+sd_status sd_probe_sigmas(const char * scheduler, int steps, bool zero_snr, sd_receive receive, void * user) {
     return guarded([&] {
-        give(sd::make_sigmas(or_empty(scheduler), sd::NoiseSchedule::scaled_linear(), steps), receive, user);
+        const auto trained = sd::NoiseSchedule::scaled_linear(sd::align_your_steps_sd1(), zero_snr);
+        give(sd::make_sigmas(or_empty(scheduler), trained, steps), receive, user);
     });
 }
 
 sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigmas, const char * rng, uint64_t seed,
-                          int64_t skip, float eta, float * x, int64_t n, int images, sd_probe_denoiser denoise,
+                          int64_t skip, float eta, bool flow, float * x, int64_t n, int images, sd_probe_denoiser denoise,
                           void * user) {
     return guarded([&] {
         need(sigmas, "sigmas");
@@ -173,6 +184,9 @@ sd_status sd_probe_sample(const char * sampler, const float * sigmas, int n_sigm
         run.sigmas.assign(sigmas, sigmas + n_sigmas);
         run.rngs = &rngs;
         run.eta = eta;
+        static const sd::NoiseSchedule trained = sd::NoiseSchedule::scaled_linear();
+        run.trained = &trained;
+        run.flow = flow;
         run.denoise = [&](const std::vector<float> & at, float sigma, std::vector<float> & denoised) {
             denoised.resize(at.size());
             if (!denoise(at.data(), sigma, denoised.data(), n, user)) {

@@ -102,9 +102,18 @@ void Checkpoint::add_main() {
         }
         std::map<std::string, std::string> scheduler;
         read_config(path_in(path_in(path_, "scheduler"), "scheduler_config.json"), "", scheduler);
-        const auto prediction = scheduler.find("prediction_type");
-        if (prediction != scheduler.end()) {
-            metadata_.insert(*prediction);
+        for (const char * key : {"prediction_type", "rescale_betas_zero_snr"}) {
+            const auto stated = scheduler.find(key);
+            if (stated != scheduler.end()) {
+                metadata_.insert(*stated);
+            }
+        }
+        for (const char * key : {"shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len",
+                                 "max_image_seq_len", "time_shift_type"}) {
+            const auto stated = scheduler.find(key);
+            if (stated != scheduler.end()) {
+                metadata_.emplace(std::string("scheduler.") + key, stated->second);
+            }
         }
     }
     for (StoredTensor & tensor : tensors_) {

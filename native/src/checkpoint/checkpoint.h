@@ -71,8 +71,8 @@ class Checkpoint {
     const std::vector<StoredTensor> & tensors() const { return tensors_; }
 
     // safetensors `__metadata__` and GGUF string, number and boolean values, as text. From a diffusers folder
-    // the scheduler's "prediction_type" and what the configs hold ("unet.attention_head_dim"; a list of
-    // numbers as "5,10,20").
+    // the scheduler's "prediction_type", what it says of a flow's shift ("scheduler.shift"), and what the configs hold
+    // ("unet.attention_head_dim"; a list of numbers as "5,10,20").
     const std::map<std::string, std::string> & metadata() const { return metadata_; }
 
     // Null if the file's metadata have no list of that name.

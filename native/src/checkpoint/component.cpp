@@ -190,7 +190,7 @@ bool is_bare_denoiser(const std::vector<StoredTensor> & tensors) {
     // Of parameters that no LoRA has by these names, however bare its own are.
     static constexpr std::string_view TELLING[] = {
         "double_blocks.0.img_attn.proj.bias", "joint_blocks.0.x_block.attn.proj.bias", "transformer_blocks.0.ff.net.2.bias",
-        "middle_block.0.in_layers.0.bias", "mid_block.resnets.0.norm1.bias",
+        "input_blocks.1.0.in_layers.0.bias", "down_blocks.0.resnets.0.norm1.bias",
     };
     return std::any_of(tensors.begin(), tensors.end(), [](const StoredTensor & tensor) {
         return std::find(std::begin(TELLING), std::end(TELLING), tensor.name) != std::end(TELLING);

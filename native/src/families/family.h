@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,14 @@ struct LatentFormat {
 
 using Prompt = std::vector<Span>;
 
+// What SDXL is told of a picture: that it is a cut, from this corner, of one that had the original size before it was
+// scaled, and has the target size now. Pixels.
+struct PictureSizes {
+    int original_width = 0, original_height = 0;
+    int crop_top = -1, crop_left = -1;
+    int target_width = 0, target_height = 0;
+};
+
 // Inputs of the denoiser that say what to paint, by name.
 struct Conditioning {
     std::map<std::string, Tensor> tokens;  // [width, tokens] of one image, [width, tokens, N] of several
@@ -65,6 +74,7 @@ class Pipeline {
 
     virtual Defaults      defaults() const = 0;
     virtual Prediction    prediction() const = 0;
+    virtual bool          is_zero_snr() const { return false; } // whether the highest noise level is noise alone
     virtual LatentFormat  latent_format() const = 0;
     // For latents [w, h, ...]; a `shift` above 0 replaces a flow's own.
     virtual NoiseSchedule noise_schedule(const Shape & latent, double shift) const = 0;
@@ -73,6 +83,7 @@ class Pipeline {
         const int64_t extra = input_channels() - latent_format().channels;
         return extra == 0 ? ExtraInput::none : extra == latent_format().channels ? ExtraInput::pix2pix : ExtraInput::inpainting;
     }
+    virtual bool          takes_reference() const { return false; } // whether denoise() may have the input "reference"
     virtual int           size_multiple() const = 0;  // of width and height, in pixels
     virtual int           native_size() const = 0;    // pixels of a side that the denoiser was trained at
 
@@ -80,19 +91,23 @@ class Pipeline {
     virtual int          count_chunks(const Prompt & prompt) const = 0;
     virtual Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int chunks) const = 0;
     virtual int          count_tokens(const std::string & text) const = 0;
+    // What of a prompt no text encoder has room for, as a sentence; "" where all of it is read.
+    virtual std::string unread(const Prompt & prompt) const {
+        static_cast<void>(prompt);
+        return "";
+    }
 
     // Makes exactly these words stand for vectors. Throws Error(unsupported / bad_argument), and nothing changes, where
     // the family has no such words or one does not fit its text encoders.
     virtual void learn(const std::vector<LearnedText> & words);
 
-    // What the denoiser is told of one image of this size in pixels, whatever the prompt.
-    virtual Conditioning describe(int width, int height) const {
-        static_cast<void>(width), static_cast<void>(height);
-        return {};
-    }
+    // Whether the denoiser is told sizes, and what it sees of them whatever the prompt.
+    virtual bool         takes_sizes() const { return false; }
+    virtual Conditioning describe(const PictureSizes &) const { return {}; }
 
     // Graphs of the networks. Inputs: "ids" [n, chunks], of a second encoder "ids_2" and "ends" [chunks]; "latent"
-    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, and the conditioning; "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, the conditioning, and "reference" [w, h, C, N], a clean latent of any
+    // size, where takes_reference(); "image" [W, H, 3, N]; "latent" [w, h, C, N].
     // The text's outputs: "states" [width, n, chunks], and "pooled" [width, chunks] where the family has it.
     virtual void  text(Graph & g, int clip_skip) const = 0;
     virtual Value denoise(Graph & g) const = 0;
@@ -103,6 +118,7 @@ class Pipeline {
 struct OpenOptions {
     std::string data_dir;   // vocabularies
     std::string prediction; // "eps", "v" or "": as the file says
+    std::optional<bool> zero_snr; // whether the highest noise level is noise alone; none: as the file says
 };
 
 struct Family {

@@ -1,11 +1,14 @@
 // FLUX.1 (Black Forest Labs, 2024): CLIP-L's one vector and T5's tokens, a transformer that was distilled to
-// take its guidance as an input (dev, Fill, Canny, Depth) or to need none (schnell), and an autoencoder of 16
-// channels.
+// take its guidance as an input (dev, Fill, Canny, Depth, Kontext) or to need none (schnell), and an autoencoder of
+// 16 channels. Kontext has dev's structure, and nothing in its weights tells them apart: a request with a reference
+// picture is for it.
 #include "models/flux.h"
 #include "core/error.h"
 #include "families/clip_prompt.h"
 #include "families/components.h"
+#include "families/distilled.h"
 #include "families/family.h"
+#include "families/flow_shift.h"
 #include "families/t5_text.h"
 #include "models/clip.h"
 #include "models/vae.h"
@@ -26,15 +29,12 @@ class Flux1 final : public Pipeline {
         weights.check();
         weights.check_all_used({"model.diffusion_model", "transformer"});
         check_fit(weights.checkpoint());
+        // schnell was trained without a shift.
+        shift_ = FlowShift::read(weights.checkpoint(), {1, flux_.c.guidance});
+        defaults_ = distilled_flow(weights.checkpoint().path(), usual(weights.checkpoint().path()), 8);
     }
 
-    Defaults defaults() const override {
-        const bool conditioned = extra_input() != ExtraInput::none;
-        const bool fills = extra_input() == ExtraInput::fill;
-        const float guidance = !flux_.c.guidance ? 0.0f : fills ? 30.0f : conditioned ? 10.0f : 3.5f;
-        const int steps = !flux_.c.guidance ? 4 : conditioned ? 50 : 28;
-        return {steps, 1.0f, "euler", "simple", 1, guidance, fills ? 1.0f : 0.75f};
-    }
+    Defaults defaults() const override { return defaults_; }
 
     Prediction prediction() const override { return Prediction::flow; }
     LatentFormat latent_format() const override {
@@ -44,11 +44,8 @@ class Flux1 final : public Pipeline {
     int size_multiple() const override { return 2 * vae_.reduction(); }
     int native_size() const override { return 1024; }
 
-    // schnell was trained without a shift.
     NoiseSchedule noise_schedule(const Shape & latent, double shift) const override {
-        const double own =
-            flux_.c.guidance ? dynamic_shift(static_cast<double>(latent[0] * latent[1]) / 4) : 1;
-        return NoiseSchedule::flow(shift > 0 ? shift : own);
+        return NoiseSchedule::flow(shift > 0 ? shift : shift_.of(static_cast<double>(latent[0] * latent[1]) / 4));
     }
 
     ExtraInput extra_input() const override {
@@ -56,10 +53,14 @@ class Flux1 final : public Pipeline {
         return extra == 0 ? ExtraInput::none : extra == latent ? ExtraInput::control : ExtraInput::fill;
     }
 
+    bool takes_reference() const override { return flux_.c.guidance && extra_input() == ExtraInput::none; }
+
     int count_chunks(const Prompt &) const override { return 1; }
     int count_tokens(const std::string & text) const override {
         return static_cast<int>(t5_.count_tokens(text));
     }
+    // CLIP's vector is of the beginning of a prompt alone, which is no loss: T5 reads the rest.
+    std::string unread(const Prompt & prompt) const override { return t5_.unread(prompt, text_length()); }
 
     // The encoders run one after the other, so that their memory is not needed at once.
     void text(Graph & g, int) const override {
@@ -74,7 +75,7 @@ class Flux1 final : public Pipeline {
     // clip_skip means nothing here: CLIP's vector is behind the last layer.
     Conditioning encode(Runner & runner, const Prompt & prompt, int clip_skip, int) const override {
         const ClipPrompt clip(bpe_, prompt, ClipBpe::end_token, 1);
-        const TokenChunk tokens = t5_.tokens(prompt, flux_.c.guidance ? 512 : 256);
+        const TokenChunk tokens = t5_.tokens(prompt, text_length());
         const Tensor ids = clip.ids(), ends = clip.ends();
         auto outputs =
             runner.run("clip", {{"ids", &ids}, {"ends", &ends}}, [&](Graph & g) { text(g, clip_skip); });
@@ -88,7 +89,8 @@ class Flux1 final : public Pipeline {
 
     Value denoise(Graph & g) const override {
         return flux_(g, g.input("latent"), g.input("time"), g.input("text"), g.input("pooled"),
-                     flux_.c.guidance ? g.input("guidance") : nullptr);
+                     flux_.c.guidance ? g.input("guidance") : nullptr,
+                     g.has_input("reference") ? g.input("reference") : nullptr);
     }
 
     Value encode_image(Graph & g) const override { return vae_.encode(g, g.input("image")); }
@@ -100,6 +102,8 @@ class Flux1 final : public Pipeline {
         return stated == file.metadata().end() ? "" : stated->second;
     }
     void check_fit(const Checkpoint & file) const;
+    Defaults usual(const std::string & path) const;
+    int64_t text_length() const { return flux_.c.guidance ? 512 : 256; } // tokens of T5
 
     ClipBpe bpe_;
     Flux flux_;
@@ -107,7 +111,17 @@ class Flux1 final : public Pipeline {
     ClipText clip_;
     T5Text t5_;
     Vae vae_;
+    FlowShift shift_{1};
+    Defaults defaults_{};
 };
+
+// As the authors' programs and model cards have them.
+Defaults Flux1::usual(const std::string & path) const {
+    const bool plain = extra_input() == ExtraInput::none, fills = extra_input() == ExtraInput::fill;
+    const float guidance = !flux_.c.guidance ? 0.0f : fills ? 30.0f : !plain ? 10.0f : is_kontext(path) ? 2.5f : 3.5f;
+    const int steps = !flux_.c.guidance ? 4 : plain ? 28 : 50;
+    return {steps, 1.0f, "euler", "simple", 1, guidance, fills ? 1.0f : 0.75f};
+}
 
 void Flux1::check_fit(const Checkpoint & file) const {
     const int64_t latent = vae_.latent_channels(), in = flux_.c.inputs / 4, out = flux_.c.outputs / 4;

@@ -9,6 +9,8 @@
 namespace sd {
 namespace {
 
+const std::string attention_of_text = ".transformer_blocks.0.attn2.to_k.weight"; // in a place with attention
+
 const std::string * find_value(const Checkpoint & file, const char * key) {
     const auto found = file.metadata().find(key);
     return found == file.metadata().end() ? nullptr : &found->second;
@@ -17,10 +19,12 @@ const std::string * find_value(const Checkpoint & file, const char * key) {
 } // namespace
 
 LatentDiffusion::LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind)
-    : bpe_(options.data_dir + "/clip_merges.txt"), unet_(weights.root("model.diffusion_model", "unet"), kind.unet),
+    : bpe_(options.data_dir + "/clip_merges.txt"),
+      unet_(weights.root("model.diffusion_model", "unet"), kind.unet, unet_text_input(weights.checkpoint())->ne[0]),
       kind_(kind),
       vae_(kind.wide_vae ? weights.root("first_stage_model", "vae").wide() : weights.root("first_stage_model", "vae")),
-      scale_(kind.scale), defaults_(defaults_for(weights.checkpoint().path(), kind.defaults)) {
+      scale_(kind.scale), defaults_(defaults_for(weights.checkpoint().path(), kind.defaults)),
+      asked_zero_snr_(options.zero_snr) {
     if (const std::string * stated = find_value(weights.checkpoint(), "vae.scaling_factor")) {
         const float scale = std::strtof(stated->c_str(), nullptr);
         scale_ = std::isfinite(scale) && scale > 0 ? scale : scale_;
@@ -43,11 +47,30 @@ void LatentDiffusion::complete(WeightStore & weights, int64_t text_width, Predic
     }
     check_heads(file);
     prediction_ = prediction;
+    zero_snr_ = read_zero_snr(file);
+    // With "karras" two thirds of the steps would lie above where other models begin.
+    if (zero_snr_ && std::string(defaults_.scheduler) == "karras") {
+        defaults_.sampler = "euler";
+        defaults_.scheduler = "simple";
+    }
 
     // diffusers folders state the latent's side.
     const std::string * stated = find_value(file, "unet.sample_size");
     const int           cells = stated ? std::atoi(stated->c_str()) : 0;
     native_size_ = cells > 0 && cells <= 1024 ? cells * vae_.reduction() : native_size;
+}
+
+// As ComfyUI's users mark their files, or as diffusers' scheduler_config.json says.
+bool LatentDiffusion::read_zero_snr(const Checkpoint & file) const {
+    const std::string * stated = find_value(file, "rescale_betas_zero_snr");
+    const bool          marked = file.has("ztsnr") || (stated && *stated == "true");
+    if (asked_zero_snr_.value_or(marked) && prediction_ != Prediction::v) {
+        fail(asked_zero_snr_ ? Status::bad_argument : Status::unsupported,
+             "%s: zero terminal SNR with prediction eps; at its highest level there is noise alone, and eps says "
+             "nothing of the picture: give prediction 'v', or zero_snr false",
+             file.path().c_str());
+    }
+    return asked_zero_snr_.value_or(marked);
 }
 
 void LatentDiffusion::check_heads(const Checkpoint & file) const {
@@ -103,8 +126,18 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
 }
 
 const StoredTensor * unet_text_input(const Checkpoint & file) {
-    return find_any(file, {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-                           "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"});
+    constexpr int            most_blocks = 32; // on the way down
+    std::vector<std::string> places{"model.diffusion_model.middle_block.1", "unet.mid_block.attentions.0"};
+    for (int i = 0; i < most_blocks; ++i) { // where the middle has no attention
+        places.push_back("model.diffusion_model.input_blocks." + std::to_string(i) + ".1");
+        places.push_back("unet.down_blocks." + std::to_string(i) + ".attentions.0");
+    }
+    for (const std::string & place : places) {
+        if (const StoredTensor * found = file.find(place + attention_of_text)) {
+            return found;
+        }
+    }
+    return nullptr;
 }
 
 const StoredTensor * unet_vector_input(const Checkpoint & file) {
@@ -113,9 +146,12 @@ const StoredTensor * unet_vector_input(const Checkpoint & file) {
 
 UnetFamily unet_family(const Checkpoint & file) {
     const StoredTensor * text = unet_text_input(file);
-    const StoredTensor * proj_in = find_any(file, {"model.diffusion_model.middle_block.1.proj_in.weight",
-                                                   "unet.mid_block.attentions.0.proj_in.weight"});
-    if (!text || !proj_in) {
+    if (!text) {
+        return UnetFamily::none;
+    }
+    const std::string    place = text->name.substr(0, text->name.size() - attention_of_text.size());
+    const StoredTensor * proj_in = file.find(place + ".proj_in.weight");
+    if (!proj_in) {
         return UnetFamily::none;
     }
     // A quantised proj_in is a matrix in any family; then the encoder tells, or the width of what it writes.

@@ -18,7 +18,10 @@ class LatentDiffusion : public Pipeline {
     Defaults      defaults() const override { return defaults_; }
     Prediction    prediction() const override { return prediction_; }
     LatentFormat  latent_format() const override { return {vae_.latent_channels(), vae_.reduction(), scale_}; }
-    NoiseSchedule noise_schedule(const Shape &, double) const override { return NoiseSchedule::scaled_linear(); }
+    bool          is_zero_snr() const override { return zero_snr_; }
+    NoiseSchedule noise_schedule(const Shape &, double) const override {
+        return NoiseSchedule::scaled_linear(kind_.aligned(), zero_snr_);
+    }
     int           input_channels() const override { return static_cast<int>(unet_.input_channels()); }
     int           size_multiple() const override { return vae_.reduction(); }
     int           native_size() const override { return native_size_; }
@@ -44,6 +47,7 @@ class LatentDiffusion : public Pipeline {
         float        scale;    // of latents, where the file does not tell
         bool         wide_vae; // its activations go beyond f16
         Defaults     defaults; // where the file's name does not tell of others
+        const std::vector<float> & (*aligned)() = align_your_steps_sd1;
     };
     LatentDiffusion(WeightStore & weights, const OpenOptions & options, const Kind & kind);
 
@@ -63,12 +67,15 @@ class LatentDiffusion : public Pipeline {
 
   private:
     void check_heads(const Checkpoint & file) const;
+    bool read_zero_snr(const Checkpoint & file) const;
 
-    Kind       kind_;
-    Vae        vae_;
-    float      scale_;
-    Defaults   defaults_;
-    Prediction prediction_ = Prediction::eps;
+    Kind                kind_;
+    Vae                 vae_;
+    float               scale_;
+    Defaults            defaults_;
+    Prediction          prediction_ = Prediction::eps;
+    std::optional<bool> asked_zero_snr_;
+    bool                zero_snr_ = false;
     int        native_size_ = 0;
 };
 
@@ -80,8 +87,8 @@ std::optional<Prediction> stated_prediction(const Checkpoint & file, const std::
 enum class UnetFamily { none, sd1, sd2, sdxl };
 UnetFamily unet_family(const Checkpoint & file);
 
-// Of such a UNet: the weight that reads the text in its middle, and the one that reads XL's vector; null where there
-// is none.
+// Of such a UNet: a weight that reads the text, the one in its middle where that has one, and the one that reads XL's
+// vector; null where there is none.
 const StoredTensor * unet_text_input(const Checkpoint & file);
 const StoredTensor * unet_vector_input(const Checkpoint & file);
 

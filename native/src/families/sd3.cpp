@@ -3,7 +3,9 @@
 #include "core/error.h"
 #include "families/clip_prompt.h"
 #include "families/components.h"
+#include "families/distilled.h"
 #include "families/family.h"
+#include "families/flow_shift.h"
 #include "families/t5_text.h"
 #include "models/clip.h"
 #include "models/mmdit.h"
@@ -62,12 +64,13 @@ class StableDiffusion3 final : public Pipeline {
         weights.check();
         weights.check_all_used({"model.diffusion_model", "transformer"});
         check_fit(weights.checkpoint());
+        shift_ = FlowShift::read(weights.checkpoint(), {3});
+        // Both CLIPs were trained with their last layer but one.
+        const Defaults usual{28, mmdit_.c.hidden > 1536 ? 4.5f : 7.0f, "euler", "normal", 2};
+        defaults_ = distilled_flow(weights.checkpoint().path(), usual, 4);
     }
 
-    // Both CLIPs were trained with their last layer but one.
-    Defaults defaults() const override {
-        return {28, mmdit_.c.hidden > 1536 ? 4.5f : 7.0f, "euler", "normal", 2};
-    }
+    Defaults defaults() const override { return defaults_; }
     Prediction prediction() const override { return Prediction::flow; }
     LatentFormat latent_format() const override {
         return {vae_.latent_channels(), vae_.reduction(), 1.5305f, 0.0609f};
@@ -76,13 +79,18 @@ class StableDiffusion3 final : public Pipeline {
     int size_multiple() const override { return 2 * vae_.reduction(); }
     int native_size() const override { return 1024; }
 
-    NoiseSchedule noise_schedule(const Shape &, double shift) const override {
-        return NoiseSchedule::flow(shift > 0 ? shift : 3);
+    NoiseSchedule noise_schedule(const Shape & latent, double shift) const override {
+        const double own = shift_.of(static_cast<double>(latent[0] * latent[1]) / 4);
+        return shift > 0 ? NoiseSchedule::flow(shift) : NoiseSchedule::flow(own, shift_.grows);
     }
 
     int count_chunks(const Prompt & prompt) const override { return count_clip_chunks(bpe_, prompt); }
     int count_tokens(const std::string & text) const override {
         return static_cast<int>(bpe_.encode(text).size());
+    }
+    std::string unread(const Prompt & prompt) const override {
+        const std::string cut = t5_ ? t5_->unread(prompt, t5_tokens) : "";
+        return cut.empty() || !(clip_l_ || clip_g_) ? cut : cut + ", which CLIP alone reads";
     }
 
     void text(Graph & g, int clip_skip) const override;
@@ -109,6 +117,8 @@ class StableDiffusion3 final : public Pipeline {
     std::optional<Clip> clip_l_, clip_g_;
     std::optional<T5Text> t5_;
     Vae vae_;
+    FlowShift shift_{3};
+    Defaults defaults_{};
 };
 
 std::optional<Clip> StableDiffusion3::open_clip(const Scope & here, bool quick, const char * argument) {

@@ -20,7 +20,7 @@ class StableDiffusionXl final : public LatentDiffusion {
     StableDiffusionXl(WeightStore & weights, const OpenOptions & options)
         : LatentDiffusion(weights, options,
                           {"Stable Diffusion XL", {0, 64, true}, 0.13025f, needs_wide_vae(weights.checkpoint()),
-                           {30, 6.0f, "dpm++2m", "karras", 2}}),
+                           {30, 6.0f, "dpm++2m", "karras", 2}, align_your_steps_sdxl}),
           scope_l_(weights.root("conditioner.embedders.0.transformer", "text_encoder")),
           scope_g_(weights.root("conditioner.embedders.1.model", "text_encoder_2")),
           clip_l_(scope_l_, ClipConfig::read(scope_l_, true, false, "clip_l")),
@@ -33,10 +33,6 @@ class StableDiffusionXl final : public LatentDiffusion {
                  is_sdxl_turbo(file.path()) ? 512 : 1024);
         check_clip_tokens(file, clip_l_.c.vocabulary, clip_l_.c.positions);
         check_clip_tokens(file, clip_g_.c.vocabulary, clip_g_.c.positions);
-    }
-
-    NoiseSchedule noise_schedule(const Shape &, double) const override {
-        return NoiseSchedule::scaled_linear(align_your_steps_sdxl());
     }
 
     void text(Graph & g, int clip_skip) const override {
@@ -66,11 +62,14 @@ class StableDiffusionXl final : public LatentDiffusion {
         return {{{"text", join_chunks(std::move(states))}}, {{"pooled", std::move(pooled)}}};
     }
 
-    // As a picture that was neither scaled nor cropped.
-    Conditioning describe(int width, int height) const override {
-        const auto w = static_cast<float>(width), h = static_cast<float>(height);
-        Tensor     told({sizes, 1, 1, 1});
-        told.data = {h, w, 0, 0, h, w};
+    bool takes_sizes() const override { return true; }
+
+    Conditioning describe(const PictureSizes & s) const override {
+        Tensor told({sizes, 1, 1, 1});
+        told.data.clear();
+        for (const int pixels : {s.original_height, s.original_width, s.crop_top, s.crop_left, s.target_height, s.target_width}) {
+            told.data.push_back(static_cast<float>(pixels));
+        }
         return {{}, {{"sizes", std::move(told)}}};
     }
 

@@ -85,14 +85,29 @@ T5Text::T5Text(const Checkpoint & checkpoint, const Scope & t5, const std::strin
     }
 }
 
-TokenChunk T5Text::tokens(const Prompt & prompt, int64_t length) const {
+TokenChunk T5Text::all_tokens(const Prompt & prompt) const {
     TokenChunk chunk;
-    const auto most = static_cast<size_t>(length);
     for (const Span & span : prompt) {
         const std::vector<int32_t> ids = unigram_.encode(span.text);
         chunk.ids.insert(chunk.ids.end(), ids.begin(), ids.end());
         chunk.weights.resize(chunk.ids.size(), span.weight);
     }
+    return chunk;
+}
+
+std::string T5Text::unread(const Prompt & prompt, int64_t length) const {
+    const std::vector<int32_t> ids = all_tokens(prompt).ids;
+    const auto                 most = static_cast<size_t>(length - 1);
+    if (ids.size() <= most) {
+        return "";
+    }
+    const std::string cut = unigram_.decode({ids.begin() + static_cast<ptrdiff_t>(most), ids.end()});
+    return text("T5 reads %zu tokens, and the prompt has %zu; left out: \"", most, ids.size()) + cut + '"';
+}
+
+TokenChunk T5Text::tokens(const Prompt & prompt, int64_t length) const {
+    TokenChunk chunk = all_tokens(prompt);
+    const auto most = static_cast<size_t>(length);
     chunk.ids.resize(std::min(chunk.ids.size(), most - 1));
     chunk.ids.push_back(T5Unigram::end_token);
     chunk.ids.resize(most, T5Unigram::pad_token);

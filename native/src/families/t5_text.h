@@ -21,6 +21,8 @@ class T5Text {
 
     // `length` tokens: the prompt's, cut where they are more, the end token, and padding.
     TokenChunk tokens(const Prompt & prompt, int64_t length) const;
+    // What of the prompt tokens() cuts off, as a sentence; "" where it has room for all.
+    std::string unread(const Prompt & prompt, int64_t length) const;
     // Those of the text alone.
     int64_t count_tokens(const std::string & text) const { return static_cast<int64_t>(unigram_.encode(text).size()); }
 
@@ -32,6 +34,8 @@ class T5Text {
     int64_t width() const { return encoder_.c.width; }
 
   private:
+    TokenChunk all_tokens(const Prompt & prompt) const;
+
     T5Encoder encoder_;
     T5Unigram unigram_;
 };

@@ -83,12 +83,12 @@ Rows Product::rows_of(const ProductTerm & term) const {
 // ---- which weights are unpacked at a time ---------------------------------------------------------------------
 
 void Product::plan_chunks() {
-    int64_t longest = 0;
+    const int64_t depth = set.bf16 ? depth_of_bf16 : depth_of_f32;
+    int64_t       longest = 0, taken = 0; // by the last chunk
     for (size_t term = 0; term < parts_.terms.size(); ++term) {
         const ggml_tensor * weight = parts_.terms[term].weight;
         const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
         // A value meets its gate when both are complete: all at a time.
-        const int64_t depth = set.bf16 ? depth_of_bf16 : depth_of_f32;
         const int64_t most = gated() ? inputs : std::max<int64_t>(depth / taps, 16);
         const int64_t pieces = (inputs + most - 1) / most;
         const int64_t step = std::max<int64_t>(block, set.channel_step);
@@ -96,8 +96,11 @@ void Product::plan_chunks() {
         longest = std::max(longest, length);
         for (int64_t first = 0; first < inputs; first += length) {
             const Slice slice{term, static_cast<int>(taps), static_cast<int>(std::min(length, inputs - first)), first};
-            if (gated() && !chunks_.empty()) {
-                chunks_.front().push_back(slice);
+            // An adapter's few channels come with the last of the layer's, and sums are written once for both.
+            const bool joins = !chunks_.empty() && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= depth));
+            taken = taps * slice.length + (joins ? taken : 0);
+            if (joins) {
+                chunks_.back().push_back(slice);
             } else {
                 chunks_.push_back({slice});
             }

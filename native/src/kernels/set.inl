@@ -1,6 +1,9 @@
 // The kernels, in terms of simd.h; included by one file per instruction set, which names it SD_SET.
 #include "kernels/set.h"
 #include "kernels/simd.h"
+#ifdef SD_AMX
+#include "kernels/amx.h"
+#endif
 
 namespace sd {
 namespace {

@@ -7,7 +7,7 @@
 
 namespace sd {
 
-// The best of this processor, or the one of that name ("avx512", "avx2", "plain"). Null for "reference", which stands for
+// The best of this processor, or the one of that name ("amx", "avx512", "avx2", "plain"). Null for "reference", which stands for
 // ggml's own operations. Throws where the processor lacks what was asked for.
 const KernelSet * kernel_set(const std::string & name, bool bf16);
 

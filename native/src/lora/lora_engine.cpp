@@ -113,8 +113,10 @@ bool LoraEngine::change(LoraState state) {
     }
     if (options_.log) {
         for (const LoraChange & change : lora_state_diff(state_, state)) {
-            options_.log(Level::debug, text("%s: %+g for the UNet, %+g for the text encoder",
-                                            change.use.path.c_str(), change.use.unet, change.use.text));
+            const auto & of_text = change.use.text;
+            options_.log(Level::debug, text("%s: %+g for the denoiser, %+g, %+g, %+g for the text encoders",
+                                            change.use.path.c_str(), change.use.unet, of_text[first_encoder],
+                                            of_text[clip_g_encoder], of_text[t5_encoder]));
         }
     }
     state_ = std::move(state);
@@ -424,8 +426,11 @@ std::string LoraEngine::text_identity(size_t image) const {
             std::any_of(lora->updates.begin(), lora->updates.end(),
                         [](const Update & update) { return is_text_weight(*update.target.weight); });
         for (const LoraUse & use : uses(image)) {
-            if (changes_text && use.path == lora->path && use.text != 0) {
-                out += lora->stamp + text("|%.17g", use.text);
+            if (changes_text && use.path == lora->path && use.text != decltype(use.text){}) {
+                out += lora->stamp;
+                for (const double multiplier : use.text) {
+                    out += text("|%.17g", multiplier);
+                }
                 for (const LoraBlock & block : use.blocks) {
                     out += text("|%s=%.17g", block.prefix.c_str(), block.factor);
                 }

@@ -24,6 +24,7 @@ struct LoraReport {
     std::vector<std::string>           absent;         // keys of components that this model lacks
     std::vector<std::string>           warnings;
     std::string                        base_model;     // what the file was made for, as far as it tells
+    std::string                        settings;       // that it needs, as a sentence; "" where the usual ones do
     double                             scale_min = 0, scale_max = 0;
     int                                text_modules = 0, unet_modules = 0;
     std::map<std::string, std::string> metadata;

@@ -276,14 +276,24 @@ bool LoraNames::is_denoiser_stem(const std::string & stem) {
     return rest.find("text_model") == std::string::npos && !begins_with(rest, "encoder.");
 }
 
-bool is_text_weight(const Weight & weight) {
-    for (const char * prefix : {"cond_stage_model.", "conditioner.", "text_encoders."}) {
-        if (begins_with(weight.name, prefix)) {
-            return true;
+int text_encoder_of(const Weight & weight) {
+    static constexpr struct {
+        std::string_view prefix;
+        TextEncoder encoder;
+    } PLACES[] = {
+        {"cond_stage_model.", first_encoder},         {"conditioner.embedders.0.", first_encoder},
+        {"conditioner.embedders.1.", clip_g_encoder}, {"text_encoders.clip_l.", first_encoder},
+        {"text_encoders.clip_g.", clip_g_encoder},    {"text_encoders.t5xxl.", t5_encoder},
+    };
+    for (const auto & place : PLACES) {
+        if (begins_with(weight.name, place.prefix)) {
+            return place.encoder;
         }
     }
-    return false;
+    return -1;
 }
+
+bool is_text_weight(const Weight & weight) { return text_encoder_of(weight) >= 0; }
 
 WeightForm form_of(const Weight & weight) {
     const Shape & ne = weight.ne;

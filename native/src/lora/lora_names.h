@@ -47,7 +47,11 @@ class LoraNames {
     bool                                        has_[components] = {};
 };
 
-// Whether the weight belongs to a text encoder, where the other of a LoRA's two multipliers counts.
+// The text encoders that may have multipliers of their own, as kohya's files number them: te1, te2, te3.
+enum TextEncoder { first_encoder /* CLIP-L, or the only one */, clip_g_encoder, t5_encoder, text_encoders };
+
+// The text encoder that a weight belongs to; -1 for the denoiser and the autoencoder.
+int  text_encoder_of(const Weight & weight);
 bool is_text_weight(const Weight & weight);
 
 // A weight's sizes as its product sees them.

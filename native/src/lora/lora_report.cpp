@@ -59,6 +59,7 @@ std::string report_json(const LoraReport & report) {
     };
     member("path", report.path);
     member("base_model", report.base_model);
+    member("settings", report.settings);
     member("formats", report.formats);
     member("kinds", report.kinds);
     member("ranks", report.ranks);

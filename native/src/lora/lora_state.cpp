@@ -1,7 +1,6 @@
 #include "lora/lora_state.h"
 
 #include "core/error.h"
-#include "lora/lora_names.h"
 
 #include <algorithm>
 #include <cmath>
@@ -38,7 +37,9 @@ void check(const LoraUse & use) {
                  what, value);
         }
     };
-    finite(use.text, "multiplier for the text encoder");
+    for (const double multiplier : use.text) {
+        finite(multiplier, "multiplier for the text encoder");
+    }
     finite(use.unet, "multiplier for the UNet");
     for (const LoraBlock & block : use.blocks) {
         finite(block.factor, ("weight of block '" + block.prefix + "'").c_str());
@@ -49,6 +50,14 @@ void check(const LoraUse & use) {
              "stop <= 1",
              use.path.c_str(), use.start, use.stop);
     }
+}
+
+// The multipliers of `other` on top, so many times.
+void add(LoraUse & use, const LoraUse & other, double times) {
+    for (size_t i = 0; i < use.text.size(); ++i) {
+        use.text[i] += times * other.text[i];
+    }
+    use.unet += times * other.unet;
 }
 
 std::vector<LoraUse> canonical_list(std::vector<LoraUse> uses) {
@@ -63,8 +72,7 @@ std::vector<LoraUse> canonical_list(std::vector<LoraUse> uses) {
     std::vector<LoraUse> out;
     for (LoraUse & use : uses) {
         if (!out.empty() && same_key(out.back(), use)) {
-            out.back().text += use.text;
-            out.back().unet += use.unet;
+            add(out.back(), use, 1);
         } else {
             out.push_back(std::move(use));
         }
@@ -74,7 +82,7 @@ std::vector<LoraUse> canonical_list(std::vector<LoraUse> uses) {
         check(use); // a sum may overflow
     }
     out.erase(std::remove_if(out.begin(), out.end(),
-                             [](const LoraUse & use) { return use.text == 0 && use.unet == 0; }),
+                             [](const LoraUse & use) { return !use.acts(); }),
               out.end());
     return out;
 }
@@ -122,19 +130,17 @@ std::vector<LoraChange> lora_state_diff(const LoraState & current, const LoraSta
         for (auto b = to.begin(); a != from.end() || b != to.end();) {
             LoraUse use;
             if (b == to.end() || (a != from.end() && before(*a, *b))) { // dropped
-                use = *a++;
-                use.text = -use.text;
-                use.unet = -use.unet;
+                use = *a;
+                add(use, *a++, -2);
             } else if (a == from.end() || before(*b, *a)) {
                 use = *b++;
             } else {
                 use = *b;
-                use.text -= a->text;
-                use.unet -= a->unet;
+                add(use, *a, -1);
                 ++a;
                 ++b;
             }
-            if (use.text != 0 || use.unet != 0) {
+            if (use.acts()) {
                 changes.push_back({image, std::move(use)});
             }
         }
@@ -153,6 +159,9 @@ double multiplier_of(const LoraUse & use, const Weight & weight) {
     std::ptrdiff_t depth = 0;
     for (const LoraBlock & block : use.blocks) {
         for (const std::string * name : {&weight.name, &weight.diffusers}) {
+            if (block.prefix.empty() && name == &weight.diffusers) { // shorter, where it names what is fused
+                continue;
+            }
             const std::ptrdiff_t below = depth_below(*name, block.prefix);
             if (below >= 0 && (!nearest || below < depth)) {
                 nearest = &block;
@@ -160,7 +169,8 @@ double multiplier_of(const LoraUse & use, const Weight & weight) {
             }
         }
     }
-    return (is_text_weight(weight) ? use.text : use.unet) * (nearest ? nearest->factor : 1);
+    const int encoder = text_encoder_of(weight);
+    return (encoder < 0 ? use.unet : use.text[encoder]) * (nearest ? nearest->factor : 1);
 }
 
 bool acts_at(const LoraUse & use, int step, int steps) {

@@ -3,7 +3,9 @@
 #pragma once
 
 #include "lora/lora_formats.h"
+#include "lora/lora_names.h"
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -20,9 +22,12 @@ struct LoraBlock {
 // One LoRA as a prompt names it.
 struct LoraUse {
     std::string path;
-    double text = 1, unet = 1;  // multipliers of the two components
+    std::array<double, text_encoders> text{1, 1, 1}; // multipliers of the text encoders, see TextEncoder,
+    double unet = 1;                                 // and of the denoiser
     double start = 0, stop = 1; // of the steps; the text encoder runs before them and ignores these
     std::vector<LoraBlock> blocks;
+
+    bool acts() const { return unet != 0 || text != decltype(text){}; }
 };
 
 // For each image of a batch, or one list for all of them.

@@ -178,33 +178,38 @@ Flux::Flux(const Scope & here, const std::string & axes)
     }
 }
 
-// Text stands at (0, 0, 0), a square of the picture at (0, row, column): the first axis turns nothing.
-Rotation Flux::rotation(Graph & g, int64_t text_tokens, int64_t columns, int64_t rows) const {
+// Text stands at (0, 0, 0), a square of a picture at (index of the picture, row, column). Where all are of the
+// first picture, the first axis turns nothing.
+Rotation Flux::rotation(Graph & g, int64_t text_tokens, const std::vector<Grid> & grids) const {
     constexpr double base = 10000;
     constexpr float never = 1e30f;
 
     Rotation out;
-    int64_t first = c.axes[0];
-    for (const bool vertical : {true, false}) {
-        const int64_t size = c.axes[vertical ? 1 : 2];
-        Tensor positions({text_tokens + rows * columns, 1, 1, 1}), periods({c.head_size / 2, 1, 1, 1});
-        for (int64_t i = 0; i < rows * columns; ++i) {
-            positions.data[text_tokens + i] = static_cast<float>(vertical ? i / columns : i % columns);
+    for (size_t axis = grids.size() > 1 ? 0 : 1; axis < c.axes.size(); ++axis) {
+        std::vector<float> at(static_cast<size_t>(text_tokens), 0.0f);
+        for (const Grid & grid : grids) {
+            for (int64_t i = 0; i < grid.rows * grid.columns; ++i) {
+                const int64_t position[] = {grid.index, i / grid.columns, i % grid.columns};
+                at.push_back(static_cast<float>(position[axis]));
+            }
         }
+        Tensor positions({static_cast<int64_t>(at.size()), 1, 1, 1}), periods({c.head_size / 2, 1, 1, 1});
+        positions.data = std::move(at);
         std::fill(periods.data.begin(), periods.data.end(), never);
+        const int64_t size = c.axes[axis];
+        const int64_t first = std::accumulate(c.axes.begin(), c.axes.begin() + static_cast<int64_t>(axis), int64_t{0});
         for (int64_t i = 0; i < size / 2; ++i) {
             const double period = std::pow(base, 2.0 * static_cast<double>(i) / static_cast<double>(size));
             periods.data[first / 2 + i] = static_cast<float>(period);
         }
         out.positions.push_back(g.constant_ids(std::move(positions)));
         out.periods.push_back(g.constant(std::move(periods)));
-        first += size;
     }
     return out;
 }
 
-Value Flux::operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled,
-                       Value guidance) const {
+Value Flux::operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled, Value guidance,
+                       Value reference) const {
     const Shape ne = Graph::shape(latent);
     Value vec = time_in_(g, g.timestep_embedding(timesteps, time_features));
     if (guidance_in_) {
@@ -213,10 +218,17 @@ Value Flux::operator()(Graph & g, Value latent, Value timesteps, Value text, Val
     }
     vec = g.silu(g.add(vec, pooled_in_(g, pooled)));
 
-    Value image_tokens = image_in_(g, g.patches(latent));
+    Value squares = g.patches(latent);
     Value text_tokens = text_in_(g, text);
-    const int64_t n_text = Graph::shape(text_tokens)[1], n_image = Graph::shape(image_tokens)[1];
-    const Rotation turn = rotation(g, n_text, ne[0] / 2, ne[1] / 2);
+    const int64_t n_text = Graph::shape(text_tokens)[1], n_image = Graph::shape(squares)[1];
+    std::vector<Grid> grids{{0, ne[0] / 2, ne[1] / 2}};
+    if (reference) {
+        const Shape size = Graph::shape(reference);
+        squares = g.concat(squares, g.patches(reference), 1);
+        grids.push_back({1, size[0] / 2, size[1] / 2});
+    }
+    const Rotation turn = rotation(g, n_text, grids);
+    Value image_tokens = image_in_(g, squares);
     for (const FluxDoubleBlock & block : double_) {
         block(g, image_tokens, text_tokens, vec, turn);
     }

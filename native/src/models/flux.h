@@ -91,13 +91,19 @@ class Flux {
     Flux(const Scope & here, const std::string & axes);
 
     // latent [w, h, channels, N] of even sides, timesteps [N] from 0 to 1000, text [context, n, N],
-    // pooled [pooled, N], guidance [N] or null -> [w, h, channels out, N].
-    Value operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled, Value guidance) const;
+    // pooled [pooled, N], guidance [N] or null, reference [w', h', channels, N] or null: what Kontext looks at
+    // -> [w, h, channels out, N].
+    Value operator()(Graph & g, Value latent, Value timesteps, Value text, Value pooled, Value guidance,
+                     Value reference) const;
 
     const FluxConfig c;
 
   private:
-    Rotation rotation(Graph & g, int64_t text_tokens, int64_t columns, int64_t rows) const;
+    // Squares of a picture in rows, by the index of the picture.
+    struct Grid {
+        int64_t index, columns, rows;
+    };
+    Rotation rotation(Graph & g, int64_t text_tokens, const std::vector<Grid> & grids) const;
 
     Scope                        here_;
     Linear                       image_in_{here_.at("img_in", "x_embedder"), c.inputs, c.hidden};

@@ -46,18 +46,15 @@ Value SpatialTransformer::operator()(Graph & g, Value x, Value text) const {
     return g.add(x, g.image(proj_out(g, h), width_now, height_now));
 }
 
-Unet::Unet(const Scope & here, const UnetKind & kind) : here_(here), kind_(kind) {
-    const Scope          mid_text = here.at("middle_block.1", "mid_block.attentions.0").at("transformer_blocks.0.attn2.to_k");
+Unet::Unet(const Scope & here, const UnetKind & kind, int64_t context) : here_(here), kind_(kind), context_(context) {
     const StoredTensor * conv_in = here.at("input_blocks.0.0", "conv_in").find();
     const StoredTensor * conv_out = here.at("out.2", "conv_out").find();
     const StoredTensor * time1 = here.at("time_embed.0", "time_embedding.linear_1").find();
-    const StoredTensor * text = mid_text.find();
-    if (!conv_in || !conv_out || !time1 || !text) {
+    if (!conv_in || !conv_out || !time1) {
         fail(Status::bad_file, "the UNet of Stable Diffusion is incomplete: %s or its diffusers name is missing",
              (!conv_in    ? here.at("input_blocks.0.0")
               : !conv_out ? here.at("out.2")
-              : !time1    ? here.at("time_embed.0")
-                          : mid_text)
+                          : here.at("time_embed.0"))
                  .name()
                  .c_str());
     }
@@ -65,7 +62,6 @@ Unet::Unet(const Scope & here, const UnetKind & kind) : here_(here), kind_(kind)
     base_ = conv_in->ne[3];
     output_channels_ = conv_out->ne[3];
     time_width_ = time1->ne[1];
-    context_ = text->ne[0];
     const Scope          label1 = here.at("label_emb.0.0", "add_embedding.linear_1");
     const StoredTensor * vector = kind.vector ? label1.find() : nullptr;
     vector_ = vector ? vector->ne[0] : 0;
@@ -82,10 +78,7 @@ Unet::Unet(const Scope & here, const UnetKind & kind) : here_(here), kind_(kind)
     }
     conv_in_ = {here.at("input_blocks.0.0", "conv_in"), input_channels_, base_, 3};
     declare_down();
-    const int64_t deepest = skip_widths_.back();
-    mid1_ = {here.at("middle_block.0", "mid_block.resnets.0"), deepest, deepest, time_width_};
-    mid_transformer_ = transformer(here.at("middle_block.1", "mid_block.attentions.0"), deepest);
-    mid2_ = {here.at("middle_block.2", "mid_block.resnets.1"), deepest, deepest, time_width_};
+    declare_middle();
     declare_up();
     norm_out_ = {here.at("out.0", "conv_norm_out"), base_, 32, 1e-5f};
     conv_out_ = {here.at("out.2", "conv_out"), base_, output_channels_, 3};
@@ -148,6 +141,24 @@ void Unet::declare_down() {
     }
 }
 
+void Unet::declare_middle() {
+    const int64_t deepest = skip_widths_.back();
+    const Scope   first = here_.at("middle_block.0", "mid_block.resnets.0");
+    const Scope   attention = here_.at("middle_block.1", "mid_block.attentions.0");
+    const Scope   second = here_.at("middle_block.2", "mid_block.resnets.1");
+    const auto    is_residual = [](const Scope & scope) {
+        return scope.at("in_layers.0", "norm1").has() || scope.at("in_layers.2", "conv1").has();
+    };
+    const bool whole = attention.at("norm").has() || attention.at("proj_in").has() || is_residual(second);
+    if (whole || is_residual(first)) {
+        mid1_ = {first, deepest, deepest, time_width_};
+    }
+    if (whole) {
+        mid_transformer_ = transformer(attention, deepest);
+        mid2_ = {second, deepest, deepest, time_width_};
+    }
+}
+
 // The way up mirrors the way down: a residual block for every skip of its level.
 void Unet::declare_up() {
     std::vector<int64_t> skips = skip_widths_;
@@ -190,9 +201,9 @@ Value Unet::operator()(Graph & g, Value latent, Value timesteps, Value text, Val
         }
         skips.push_back(x);
     }
-    x = (*mid1_)(g, x, t);
-    x = (*mid_transformer_)(g, x, text);
-    x = (*mid2_)(g, x, t);
+    x = mid1_ ? (*mid1_)(g, x, t) : x;
+    x = mid_transformer_ ? (*mid_transformer_)(g, x, text) : x;
+    x = mid2_ ? (*mid2_)(g, x, t) : x;
     for (const Stage & stage : up_) {
         x = (*stage.residual)(g, g.concat_channels(x, skips.back()), t);
         skips.pop_back();

@@ -82,8 +82,10 @@ struct SpatialTransformer {
 
 class Unet {
   public:
-    // Reads its structure from the shapes in the files.
-    Unet(const Scope & here, const UnetKind & kind);
+    // Reads its structure from the names and shapes in the files: any number of levels, residual blocks and transformer
+    // blocks, and a middle that may be whole, one residual block (SSD-1B, Segmind Vega), or nothing (KOALA, BK-SDM).
+    // `context` is the width of the text.
+    Unet(const Scope & here, const UnetKind & kind, int64_t context);
 
     int64_t input_channels() const { return input_channels_; }
     int64_t output_channels() const { return output_channels_; }
@@ -112,6 +114,7 @@ class Unet {
 
     SpatialTransformer transformer(const Scope & here, int64_t width) const;
     void               declare_down();
+    void               declare_middle();
     void               declare_up();
 
     Scope     here_;

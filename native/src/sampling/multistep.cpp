@@ -7,25 +7,30 @@
 
 namespace sd {
 
-// Lu 2022, "DPM-Solver++", algorithm 2, and its SDE (appendix; midpoint), where eta scales the SDE's noise:
-// over h it brings exp(-eta h) more decay, and noise that makes up for it. The noise is fresh in each step,
-// as in diffusers; k-diffusion's comes from a Brownian tree.
+// Lu 2022, "DPM-Solver++", algorithm 2, and its SDE (appendix; midpoint), where eta scales the SDE's noise: over a step of h
+// in log(alpha / sigma) it brings exp(-eta h) more decay, and noise that makes up for it. The noise is fresh in each step,
+// as in diffusers; k-diffusion's comes from a Brownian tree. Without noise a flow is stepped in log(1 / sigma) like the
+// others, which is finite where it begins (ComfyUI); with noise its first step from sigma = 1 has an infinite h, and
+// forgets where it came from.
 void dpmpp_2m(Solver & solver) {
+    const bool noisy = solver.eta > 0;
     Floats denoised = solver.buffer(), before = solver.buffer();
     double h_before = 0;
     for (size_t step = 0; step < solver.steps(); ++step) {
         const double sigma = solver.sigma(step), next = solver.sigma(step + 1);
-        const double h    = std::log(sigma / next); // infinite in a last step to 0
-        const double take = -std::expm1(-(1 + solver.eta) * h);
+        const double alpha = solver.alpha(sigma), alpha_next = solver.alpha(next);
+        const double h     = noisy ? std::log(alpha_next / alpha * sigma / next) : std::log(sigma / next); // infinite to 0
+        const double keep  = noisy ? next / sigma * std::exp(-solver.eta * h) : next / sigma;
+        const double take  = alpha_next - alpha * keep;
 
         solver.denoise(solver.x, sigma, denoised);
-        mix(1 - take, solver.x, take, denoised, solver.x);
+        mix(keep, solver.x, take, denoised, solver.x);
         if (step > 0 && next > 0) {
             const double beyond = take * h / (2 * h_before);
             mix(1, solver.x, beyond, denoised, solver.x);
             mix(1, solver.x, -beyond, before, solver.x);
         }
-        if (next > 0) {
+        if (noisy && next > 0) {
             solver.add_noise(next * std::sqrt(-std::expm1(-2 * solver.eta * h)));
         }
         solver.finish(step, denoised);

@@ -17,7 +17,10 @@ void Solver::denoise(const Floats & noisy, double sigma, Floats & denoised) {
     }
 }
 
-void Solver::add_noise(double amount) {
+void Solver::add_noise(double amount, double keep) {
+    if (keep != 1) {
+        mix(keep, x, 0, x, x);
+    }
     if (amount == 0) {
         return;
     }
@@ -29,6 +32,14 @@ void Solver::add_noise(double amount) {
             *image++ += scale * noise;
         }
     }
+}
+
+double Solver::sigma_at_share(double sigma, double share) const {
+    if (!run_.trained) {
+        fail(Status::internal, "the sampler counts in timesteps, and the run has no schedule");
+    }
+    constexpr double rounding = 1e-3; // of a whole timestep by way of its sigma in float
+    return sigma > 0 ? run_.trained->sigma(std::floor(share * run_.trained->timestep(sigma) + rounding)) : 0;
 }
 
 void Solver::finish(size_t step, const Floats & denoised) const {
@@ -65,12 +76,17 @@ const Sampler samplers[] = {
     {"dpm++2m_sde", dpmpp_2m, 1, true},
     {"ddim",        euler,    0, true},
     {"lcm",         lcm,      0, false},
+    {"tcd",         tcd,      0.3f, true},
     {"unipc",       unipc,    0, false},
 };
 
 void check(const SamplerRun & run, const Floats & x) {
     for (size_t i = 0; i < run.sigmas.size(); ++i) {
         const float sigma = run.sigmas[i];
+        if (run.flow && sigma > 1) {
+            fail(Status::bad_argument, "sigma %zu of %zu is %g: those of a rectified flow are at most 1", i + 1,
+                 run.sigmas.size(), static_cast<double>(sigma));
+        }
         if (!std::isfinite(sigma) || sigma < 0 || (i > 0 && sigma >= run.sigmas[i - 1])) {
             fail(Status::bad_argument,
                  "sigma %zu of %zu is %g: each must be below the one before, the last 0 or more", i + 1,
@@ -91,17 +107,16 @@ void check(const SamplerRun & run, const Floats & x) {
 
 void sample(const std::string & sampler, const SamplerRun & run, std::vector<float> & x) {
     const Sampler & row = find_named("sampler", samplers, sampler);
+    if (run.flow && row.method == tcd) {
+        fail(Status::bad_argument, "sampler 'tcd' counts in timesteps of a diffusion, which a rectified flow has not; "
+                                   "take 'euler' or 'lcm'");
+    }
     check(run, x);
     if (run.sigmas.size() < 2) {
         return;
     }
     Solver solver(run, row.takes_eta && run.eta >= 0 ? run.eta : row.eta, x);
     row.method(solver);
-}
-
-bool adds_noise(const std::string & sampler, float eta) {
-    const Sampler & row = find_named("sampler", samplers, sampler);
-    return row.method == lcm || (row.takes_eta && eta >= 0 ? eta : row.eta) > 0;
 }
 
 const std::vector<std::string> & sampler_names() {

@@ -21,36 +21,44 @@ const std::vector<float> & align_your_steps_sdxl() {
     return levels;
 }
 
-NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned) {
+NoiseSchedule NoiseSchedule::scaled_linear(const std::vector<float> & aligned, bool zero_snr) {
     constexpr int    timesteps = 1000;
     constexpr double first = 0.00085, last = 0.012;
 
     NoiseSchedule schedule;
     schedule.aligned_ = aligned;
-    double alpha_bar  = 1;
+    std::vector<double> kept; // sqrt(alpha_bar): the share of the clean latent
+    double              alpha_bar = 1;
     for (int t = 0; t < timesteps; ++t) {
         const double root = std::sqrt(first) + (std::sqrt(last) - std::sqrt(first)) * t / (timesteps - 1);
         alpha_bar *= 1 - root * root;
-        const double sigma = std::sqrt((1 - alpha_bar) / alpha_bar);
+        kept.push_back(std::sqrt(alpha_bar));
+    }
+    if (zero_snr) {
+        const double begin = kept.front(), end = kept.back();
+        for (double & share : kept) {
+            share = (share - end) * begin / (begin - end);
+        }
+        kept.back() = std::ldexp(1.0, -12);
+    }
+    for (const double share : kept) {
+        const double sigma = std::sqrt(1 - share * share) / share;
         schedule.sigmas_.push_back(static_cast<float>(sigma));
         schedule.log_sigmas_.push_back(std::log(sigma));
     }
     return schedule;
 }
 
-NoiseSchedule NoiseSchedule::flow(double shift) {
+NoiseSchedule NoiseSchedule::flow(double shift, bool shifts_once) {
     constexpr int levels = 1000;
 
     NoiseSchedule schedule;
     schedule.shift_ = shift;
+    schedule.shifts_once_ = shifts_once;
     for (int t = 0; t < levels; ++t) {
         schedule.sigmas_.push_back(schedule.sigma(t));
     }
     return schedule;
-}
-
-double dynamic_shift(double squares) {
-    return std::exp(0.5 + (1.15 - 0.5) * (squares - 256) / (4096 - 256));
 }
 
 float NoiseSchedule::sigma(double timestep) const {

@@ -18,11 +18,14 @@ class NoiseSchedule {
   public:
     // The "scaled linear" betas of Stable Diffusion 1.x, 2.x and XL: 0.00085 to 0.012 in 1,000 steps, linear
     // in sqrt(beta). `aligned` are the family's levels for scheduler "ays"; empty where none are published.
-    static NoiseSchedule scaled_linear(const std::vector<float> & aligned = align_your_steps_sd1());
+    // With `zero_snr` sqrt(alpha_bar) is shifted and scaled so that it begins where it did and ends at 0 (Lin et al.,
+    // 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1). As in diffusers the last
+    // alpha_bar is 2^-24, that is a sigma of 4096, instead of 0.
+    static NoiseSchedule scaled_linear(const std::vector<float> & aligned = align_your_steps_sd1(), bool zero_snr = false);
 
     // A rectified flow, whose 1,000 levels t/1000 are shifted to s t / (1 + (s - 1) t) (Esser et al., 2024, "Scaling
-    // Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23).
-    static NoiseSchedule flow(double shift);
+    // Rectified Flow Transformers for High-Resolution Image Synthesis", eq. 23). Of `shifts_once` see first_timestep().
+    static NoiseSchedule flow(double shift, bool shifts_once = false);
 
     bool is_flow() const { return shift_ > 0; }
 
@@ -35,18 +38,15 @@ class NoiseSchedule {
     // By what the network is told of a level: the inverse of sigma(); of a flow 1000 sigma.
     float timestep(double sigma) const;
     // Where evenly spaced timesteps end: 0; of a flow, as diffusers and ComfyUI have it, where sigma() shifts the
-    // lowest level a second time.
-    double first_timestep() const { return is_flow() ? 1000.0 * sigmas_.front() - 1 : 0; }
+    // lowest level a second time, unless it `shifts_once`, as diffusers where the shift grows with the picture.
+    double first_timestep() const { return is_flow() && !shifts_once_ ? 1000.0 * sigmas_.front() - 1 : 0; }
 
   private:
     std::vector<float>  sigmas_, aligned_;
     std::vector<double> log_sigmas_;
     double              shift_ = 0; // of a flow
+    bool                shifts_once_ = false;
 };
-
-// The shift of a flow that FLUX grows with the number of squares of 2 x 2 cells: its logarithm is linear, 0.5 at 256
-// and 1.15 at 4096 (https://github.com/black-forest-labs/flux, src/flux/sampling.py, get_schedule).
-double dynamic_shift(double squares);
 
 // `steps` noise levels, strictly descending, and a last 0. Throws Error(bad_argument) for an unknown name or
 // more steps than the scheduler has levels, Error(unsupported) where the model has no such schedule.

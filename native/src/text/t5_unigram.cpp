@@ -251,4 +251,20 @@ std::vector<int32_t> T5Unigram::encode(std::string_view utf8) const {
     return ids;
 }
 
+std::string T5Unigram::decode(const std::vector<int32_t> & ids) const {
+    const UnigramVocabulary & v = tables_->vocabulary;
+    std::string               joined, out;
+    for (const int32_t id : ids) {
+        const auto token =
+            std::find_if(v.added.begin(), v.added.end(), [&](const AddedToken & added) { return added.id == id; });
+        joined += token != v.added.end() ? token->text : v.pieces[static_cast<size_t>(id)].text;
+    }
+    for (size_t at = 0; at < joined.size();) {
+        const bool is_space = begins_with(std::string_view(joined).substr(at), SPACE);
+        out += is_space ? ' ' : joined[at];
+        at += is_space ? SPACE.size() : 1;
+    }
+    return out.substr(std::min(out.find_first_not_of(' '), out.size()));
+}
+
 } // namespace sd

@@ -23,6 +23,9 @@ class T5Unigram {
     // to append. `utf8` may hold anything: bytes that are no UTF-8 are replaced as Python's errors="replace" does.
     std::vector<int32_t> encode(std::string_view utf8) const;
 
+    // The text that these ids stand for, as SentencePiece joins pieces; ids from encode() only.
+    std::string decode(const std::vector<int32_t> & ids) const;
+
     int32_t             size() const; // ids are below it
     const std::string & where() const; // the vocabulary's file
 

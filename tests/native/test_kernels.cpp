@@ -1,0 +1,266 @@
+// Every kernel set that runs here against sums in double, at shapes that fill no tile, in buffers without a byte to spare:
+// the build with AddressSanitizer sees what is read or written beside them.
+#include <doctest/doctest.h>
+
+#include "kernels/set.h"
+#include "kernels/sets.h"
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace sd {
+#ifdef SDCPP_X86_KERNELS
+extern const KernelSet set_amx_emulated;
+#endif
+} // namespace sd
+
+using namespace sd;
+
+namespace {
+
+std::vector<const KernelSet *> sets() {
+    std::vector<const KernelSet *> out{kernel_set("plain", false)};
+#ifdef SDCPP_X86_KERNELS
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        out.push_back(kernel_set("avx2", false));
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+        out.push_back(kernel_set("avx512", false));
+    }
+    if (has_native_bf16()) {
+        out.push_back(kernel_set("avx512", true));
+        out.push_back(&set_amx_emulated);
+        if (kernel_set("", true)->name == std::string("amx")) {
+            out.push_back(kernel_set("", true));
+        }
+    }
+#endif
+    return out;
+}
+
+std::mt19937 engine(7);
+
+std::vector<float> numbers(int64_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<float>              out(static_cast<size_t>(n));
+    for (float & x : out) {
+        x = normal(engine);
+    }
+    return out;
+}
+
+uint16_t to_bf16(float x) {
+    uint32_t raw;
+    std::memcpy(&raw, &x, sizeof raw);
+    return static_cast<uint16_t>((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);
+}
+
+float from_bf16(uint16_t half) {
+    const uint32_t raw = uint32_t{half} << 16;
+    float          x;
+    std::memcpy(&x, &raw, sizeof x);
+    return x;
+}
+
+// What a set makes of a factor.
+double seen(const KernelSet & set, float x) { return set.bf16 ? from_bf16(to_bf16(x)) : x; }
+
+double relative(const std::vector<float> & got, const std::vector<double> & want) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        error += (got[i] - want[i]) * (got[i] - want[i]);
+        size += want[i] * want[i];
+    }
+    return std::sqrt(error / size);
+}
+
+struct Free {
+    void operator()(void * p) const { std::free(p); }
+};
+std::unique_ptr<void, Free> memory(int64_t bytes) {
+    return std::unique_ptr<void, Free>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+}
+
+struct Picture {
+    int channels, width, height, images;
+};
+
+// A product of one picture of f32, or bf16, with a weight [channels * taps, columns], all channels at a time.
+struct Case {
+    Picture x;
+    int     taps, stride, columns, enlarge;
+    bool    bf16;
+};
+
+// Both x and the weight are given as products see them, so what remains is the order of sums.
+void check_product(const KernelSet & set, const Case & c) {
+    const int  pad = c.taps / 2, taps = c.taps * c.taps, rows_w = (c.x.width * c.enlarge + 2 * pad - c.taps) / c.stride + 1;
+    const int  rows_h = (c.x.height * c.enlarge + 2 * pad - c.taps) / c.stride + 1, rows = rows_w * rows_h * c.x.images;
+    const auto x = numbers(int64_t{c.x.channels} * c.x.width * c.x.height * c.x.images);
+    const auto w = numbers(int64_t{c.x.channels} * taps * c.columns), bias = numbers(c.columns);
+    const auto residual = numbers(int64_t{rows} * c.columns);
+    std::vector<uint16_t> halves;
+    for (const float v : x) {
+        halves.push_back(to_bf16(v));
+    }
+
+    const int64_t panel_bytes = set.panel_bytes(taps, c.x.channels), panels = (c.columns + set.panel - 1) / set.panel;
+    const auto    packed = memory(panels * panel_bytes);
+    const int     padded = (c.x.channels + set.channel_step - 1) / set.channel_step * set.channel_step;
+    const auto    pack_scratch = memory(int64_t{4} * taps * padded * set.lanes);
+    for (int64_t at = 0; at < panels * set.panel; at += set.lanes) {
+        const int64_t there = std::min<int64_t>(std::max<int64_t>(c.columns - at, 0), set.lanes);
+        set.pack({w.data() + (there ? at * c.x.channels * taps : 0), Element::f32, int64_t{c.x.channels} * taps,
+                  static_cast<int>(there), taps, c.x.channels, static_cast<char *>(packed.get()) + at / set.panel * panel_bytes,
+                  static_cast<int>(at % set.panel), static_cast<float *>(pack_scratch.get())});
+    }
+
+    const std::vector<float> zeros(static_cast<size_t>(padded));
+    Epilogue                 epilogue{};
+    epilogue.bias = bias.data();
+    epilogue.residual = residual.data();
+    epilogue.residual_row = c.columns;
+    epilogue.rows_per_image = rows;
+    std::vector<float> y(static_cast<size_t>(rows) * c.columns);
+    const auto         scratch = memory(set.row_scratch(taps, c.x.channels));
+    Block              block{};
+    Rows &             from = block.operands[0].rows;
+    from.x = c.bf16 ? static_cast<const void *>(halves.data()) : x.data();
+    from.bf16 = c.bf16;
+    from.pixel = c.x.channels;
+    from.image = int64_t{c.x.channels} * c.x.width * c.x.height;
+    from.width = c.x.width;
+    from.height = c.x.height;
+    from.seen_width = c.x.width * c.enlarge;
+    from.seen_height = c.x.height * c.enlarge;
+    from.out_width = rows_w;
+    from.out_height = rows_h;
+    from.taps_w = from.taps_h = c.taps;
+    from.stride = c.stride;
+    from.pad = pad;
+    from.zeros = zeros.data();
+    block.operands[0].length = c.x.channels;
+    block.operands[0].panels = packed.get();
+    block.end_row = rows;
+    block.y = {y.data(), false};
+    block.y_row = c.columns;
+    block.columns = c.columns;
+    block.first = block.last = true;
+    block.epilogue = &epilogue;
+    block.scratch = scratch.get();
+    set.product(block);
+
+    std::vector<double> want;
+    for (int row = 0; row < rows; ++row) {
+        const int image = row / (rows_w * rows_h), at_y = row / rows_w % rows_h, at_x = row % rows_w;
+        for (int column = 0; column < c.columns; ++column) {
+            double sum = bias[column] + residual[static_cast<size_t>(row) * c.columns + column];
+            for (int tap = 0; tap < taps; ++tap) {
+                const int down = at_y * c.stride - pad + tap / c.taps, across = at_x * c.stride - pad + tap % c.taps;
+                if (down < 0 || across < 0 || down >= c.x.height * c.enlarge || across >= c.x.width * c.enlarge) {
+                    continue;
+                }
+                const int64_t pixel = (int64_t{image} * c.x.height + down / c.enlarge) * c.x.width + across / c.enlarge;
+                for (int channel = 0; channel < c.x.channels; ++channel) {
+                    const float value = x[pixel * c.x.channels + channel];
+                    sum += (c.bf16 ? from_bf16(to_bf16(value)) : seen(set, value)) *
+                           seen(set, w[(int64_t{column} * c.x.channels + channel) * taps + tap]);
+                }
+            }
+            want.push_back(sum);
+        }
+    }
+    CHECK(relative(y, want) < 2e-6);
+}
+
+void check_attention(const KernelSet & set, int size, int queries, int keys, bool masked) {
+    const auto q = numbers(int64_t{size} * queries), k = numbers(int64_t{size} * keys), v = numbers(int64_t{size} * keys);
+    auto       mask = numbers(int64_t{keys} * queries);
+    for (size_t i = 0; i < mask.size(); i += 3) {
+        mask[i] = -INFINITY;
+    }
+    std::vector<float> out(q.size());
+    const auto         scratch = memory(set.head_scratch(keys, size));
+    const float        scale = 1 / std::sqrt(static_cast<float>(size));
+    Head               head{};
+    head.q = q.data();
+    head.k = k.data();
+    head.v = v.data();
+    head.out = {out.data(), false};
+    head.q_row = head.k_row = head.v_row = head.out_row = size;
+    head.mask = masked ? mask.data() : nullptr;
+    head.mask_row = keys;
+    head.end_query = queries;
+    head.keys = keys;
+    head.size = size;
+    head.scale = scale;
+    head.scratch = scratch.get();
+    set.attention(head);
+
+    std::vector<double> want;
+    for (int query = 0; query < queries; ++query) {
+        std::vector<double> chances, sums(static_cast<size_t>(size));
+        double              total = 0;
+        for (int key = 0; key < keys; ++key) {
+            double score = 0;
+            for (int i = 0; i < size; ++i) {
+                score += double{q[query * size + i]} * k[key * size + i];
+            }
+            chances.push_back(std::exp(score * scale + (masked ? mask[query * keys + key] : 0)));
+            total += chances.back();
+            for (int i = 0; i < size; ++i) {
+                sums[i] += chances.back() * v[key * size + i];
+            }
+        }
+        for (const double sum : sums) {
+            want.push_back(sum / total);
+        }
+    }
+    // bf16 rounds queries, keys, chances and values: 2^-9 at most each, of which the first two come through an exponential.
+    CHECK(relative(out, want) < (set.bf16 ? 8e-3 : 1e-6));
+}
+
+} // namespace
+
+TEST_CASE("products of tokens and pictures") {
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        for (const bool bf16 : {false, true}) {
+            if (bf16 && !set->bf16) {
+                continue;
+            }
+            for (const int rows : {1, 2, 5, 6, 16, 17, 31, 32, 33, 75}) {
+                check_product(*set, {{64, rows, 1, 1}, 1, 1, 70, 1, bf16});
+            }
+            for (const int channels : {2, 4, 30, 32, 40, 97, 320}) {
+                check_product(*set, {{channels + channels % 2 * bf16, 9, 1, 2}, 1, 1, 33, 1, bf16});
+                check_product(*set, {{channels + channels % 2 * bf16, 7, 5, 2}, 3, 1, 65, 1, bf16});
+            }
+            for (const int columns : {1, 4, 8, 15, 16, 17, 32, 40, 48, 64, 129}) {
+                check_product(*set, {{24, 6, 7, 1}, 3, 1, columns, 1, bf16});
+            }
+            check_product(*set, {{16, 9, 8, 1}, 3, 2, 20, 1, bf16});
+            check_product(*set, {{16, 5, 4, 2}, 3, 1, 20, 2, bf16});
+            check_product(*set, {{8, 4, 3, 1}, 1, 1, 20, 2, bf16});
+        }
+    }
+}
+
+TEST_CASE("attention") {
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        for (const int size : {3, 8, 40, 64, 80, 160}) {
+            check_attention(*set, size, 20, 77, false);
+        }
+        for (const int keys : {1, 2, 16, 63, 64, 65, 255, 257, 600}) {
+            check_attention(*set, 16, 17, keys, false);
+            check_attention(*set, 16, 17, keys, keys > 2);
+        }
+        for (const int queries : {1, 6, 96, 97, 113}) {
+            check_attention(*set, 24, queries, 70, true);
+        }
+    }
+}
