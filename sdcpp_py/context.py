@@ -264,11 +264,13 @@ class SDContext:
 
         Gives a function that returns rows of (network, operation, count, seconds, floating-point operations).
         """
-        _native.probe_profile(self._native, True)
+        with self._lock:  # not while another thread paints
+            _native.probe_profile(self._native, True)
         try:
             yield lambda: _native.probe_operations(self._native)
         finally:
-            _native.probe_profile(self._native, False)
+            with self._lock:
+                _native.probe_profile(self._native, False)
 
     def peak_rate(self) -> float | None:
         """Floating-point operations a second that the CPU's kernels make at best, on all threads together: in products
