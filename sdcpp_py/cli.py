@@ -16,7 +16,7 @@ from rich.table import Column, Table
 
 from . import __version__, _native, bench, cli_weights, doctor, files
 from .cli_lora import app as lora_app
-from .cli_shared import console, one_sentence, print_rows, set_up_log, steps_bar
+from .cli_shared import console, one_sentence, print_rows, read_size, set_up_log, steps_bar
 from .context import SDContext
 from .errors import BadArgument, Io
 from .image import PaintedImage, Parameters, file_format, is_picture, parse_parameters, read_parameters
@@ -130,6 +130,10 @@ def generate(
     embedding_dir: Annotated[Path | None, typer.Option(help="Folder of the embeddings that prompts name.")] = None,
     lora_mode: Annotated[str, typer.Option(help="How LoRAs act: runtime, restore or diff.")] = "runtime",
     vae_tile: Annotated[int | None, typer.Option(help="Decode in tiles of so many pixels.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of weights and activations at a time: 8G. [default: what the device has]"),
+    ] = None,
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change single things.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar, no file names.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Tell what happens inside.")] = False,
@@ -197,6 +201,7 @@ def generate(
                 lora_dir=lora_dir,
                 embedding_dir=embedding_dir,
                 lora_mode=lora_mode,
+                memory_limit=0 if memory_limit is None else read_size("memory-limit", memory_limit),
             ) as sd_ctx,
         ):
             painted = sd_ctx.generate(
@@ -269,14 +274,23 @@ def _numbered(first: Path) -> Iterator[Path]:
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(help="A picture, or a model file or folder.", show_default=False)],
+    vae: Annotated[Path | None, typer.Option(help="Autoencoder beside the model.")] = None,
+    clip_l: Annotated[Path | None, typer.Option(help="Text encoder beside the model.")] = None,
+    clip_g: Annotated[Path | None, typer.Option(help="The second one of SDXL and SD3, likewise.")] = None,
+    t5xxl: Annotated[Path | None, typer.Option(help="T5 of SD3 and FLUX, likewise.")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of a side, for what a picture takes of memory. [default: the model's own]"),
+    ] = None,
 ) -> None:
-    """Show the parameters of a picture, or what a model file holds."""
+    """Show the parameters of a picture, or what a model file holds and will take of memory."""
     set_up_log(verbose=False)
+    parts = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}
     with one_sentence():
         if is_picture(file):
             typer.echo(read_parameters(file))
         else:
-            cli_weights.print_info(file)
+            cli_weights.print_info(file, {role: path for role, path in parts.items() if path is not None}, size)
 
 
 @app.command(name="bench")

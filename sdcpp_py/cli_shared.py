@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -10,15 +11,24 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .errors import SdcppError
+from .errors import BadArgument, SdcppError
 
 console = Console(stderr=True)
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         typer.echo(f"  {name:<{width}}  {value}")
+
+
+def read_size(option: str, text: str) -> int:
+    """Bytes, of a size as people write it."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)B?", text)
+    if not found:
+        raise BadArgument(f"{option} {text!r}: expected a size such as 2G or 500M")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The commands for weights: sdcpp convert, quality, and what info tells of a model file."""
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +8,7 @@ import typer
 
 from . import files
 from .calibrate import calibrate
-from .cli_shared import one_sentence, print_rows, set_up_log, work_bar
+from .cli_shared import one_sentence, print_rows, read_size, set_up_log, work_bar
 from .context import SDContext
 from .errors import BadArgument, BadFile, from_os_error
 from .quality import compare
@@ -17,7 +17,6 @@ from .weights.conversion import convert as convert_weights
 from .weights.info import LONGEST_VALUE, Holdings, describe
 from .weights.writing import Plan
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "m": 10**6, "g": 10**9, "K": 10**3}
 _MOST_PROMPTS = 1 << 24  # bytes of a file of prompts
 _WRITTEN = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
 
@@ -77,7 +76,7 @@ def convert(
             only=only,
             drop=drop or [],
             imatrix=imatrix,
-            split=None if split is None else _size(split),
+            split=None if split is None else read_size("split", split),
             threads=threads,
             dry_run=dry_run,
             on_progress=on_progress,
@@ -91,13 +90,6 @@ def _rule(text: str) -> tuple[str, str]:
     if not equals:
         raise BadArgument(f"tensor-type {text!r}: expected REGEX=TYPE, such as 'attn2=q8_0'")
     return pattern, type
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)B?", text)
-    if not found:
-        raise BadArgument(f"split {text!r}: expected a size such as 2G or 500M")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _print_plan(plan: Plan) -> None:
@@ -178,9 +170,9 @@ def _lines(path: Path | None) -> list[str]:
         raise BadFile(f"{path}: is no text in UTF-8") from error
 
 
-def print_info(path: Path) -> None:
-    """What sdcpp info tells of a model file."""
-    info = describe(path)
+def print_info(path: Path, components: Mapping[str, Path], side: int | None) -> None:
+    """What sdcpp info tells of a model file: with these beside it, of pictures with sides of so many pixels."""
+    info = describe(path, components)
 
     def size(held: Holdings) -> str:
         return f"{held.tensors:,} tensors, {held.parameters / 1e6:,.1f} M parameters, {held.bytes / 1e6:,.1f} MB"
@@ -188,12 +180,20 @@ def print_info(path: Path) -> None:
     rows = [("file", str(path)), ("family", info.family or "none that is known")]
     rows.append(("paints", "yes" if info.paints else f"no: {info.missing}"))
     if info.paints:
-        with SDContext(path) as sd_ctx:
-            model = sd_ctx.info
+        with SDContext(path, **components) as sd_ctx:  # type: ignore[arg-type]  # roles are its arguments
+            model, memory = sd_ctx.info, sd_ctx.estimate_memory(width=side, height=side)
         rows.append(("prediction", model.prediction))
         rows.append(("native size", f"{model.native_size} x {model.native_size}"))
         rows.append(("input channels", str(model.input_channels)))
-        rows.append(("in memory", f"{model.weight_bytes / 1e6:,.1f} MB of weights"))
+        rows.append(("weights", f"{model.weight_bytes / 1e6:,.1f} MB as they are used"))
+        rows.append(("memory", f"{memory.peak / 1e6:,.1f} MB for a picture of {memory.width} x {memory.height}"))
+        rows += [
+            (
+                f"memory {of.name}",
+                f"{of.weights / 1e6:,.1f} MB of weights, {of.activations / 1e6:,.1f} MB of activations",
+            )
+            for of in memory.networks
+        ]
     rows.append(("whole", size(info.whole)))
     rows += [(f"part {name}", size(held)) for name, held in info.parts.items()]
     rows += [(f"type {name}", size(held)) for name, held in info.types.items()]

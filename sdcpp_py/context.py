@@ -61,7 +61,7 @@ class ModelInfo:
         latent_channels: Of the latent.
         latent_cell: Side of a latent's cell in pixels.
         input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
-        weight_bytes: In memory.
+        weight_bytes: Of all weights, in the form in which they are used.
         n_weights: How many tensors.
         zero_snr: Whether the highest noise level is noise alone.
     """
@@ -80,6 +80,33 @@ class ModelInfo:
     weight_bytes: int
     n_weights: int
     zero_snr: bool
+
+
+@dataclass(frozen=True)
+class NetworkMemory:
+    """What a network takes of the device's memory, in bytes."""
+
+    name: str
+    weights: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a picture takes of the device's memory.
+
+    Attributes:
+        width: Of the picture.
+        height: Likewise.
+        peak: Bytes of weights and activations at a time, at the most. What the process itself takes comes on top:
+            Python and its packages, some 100 MB.
+        networks: In the order in which they run.
+    """
+
+    width: int
+    height: int
+    peak: int
+    networks: list[NetworkMemory]
 
 
 class SDContext:
@@ -115,6 +142,7 @@ class SDContext:
         requantise: bool = False,
         strict_loras: bool = False,
         lora_cache: int = 0,
+        memory_limit: int = 0,
     ) -> None:
         """Opens a model.
 
@@ -146,6 +174,8 @@ class SDContext:
             requantise: A quantised weight that "restore" touches goes back to its type; else it is held in f16.
             strict_loras: A LoRA with any key that fits nothing is an error.
             lora_cache: Bytes of read LoRAs to keep though no prompt names them; 0: 2 GB.
+            memory_limit: Bytes that weights and activations may take on the device at a time; 0: what it has. Where not
+                all has room, text encoders, denoiser and autoencoder come when they are needed and leave in turn.
 
         Raises:
             BadFile: A file is damaged or no model.
@@ -183,12 +213,40 @@ class SDContext:
             strict_loras=check.flag("strict_loras", strict_loras),
             lora_cache=check.whole("lora_cache", lora_cache, 0),
             zero_snr=None if zero_snr is None else check.flag("zero_snr", zero_snr),
+            memory_limit=check.whole("memory_limit", memory_limit, 0),
         )
 
     @property
     def info(self) -> ModelInfo:
         """What this context holds."""
         return ModelInfo(**self._native.info())
+
+    def estimate_memory(
+        self,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        batch_size: int = 1,
+        cfg_scale: float | None = None,
+        vae_tile: int | None = None,
+    ) -> MemoryEstimate:
+        """What a picture will take of the device's memory, with the LoRAs that act now; no weight is read for it.
+
+        Arguments are those of ``generate``.
+
+        Raises:
+            BadArgument: No such picture can be painted.
+            Busy: Another thread paints.
+        """
+        vae_tile = 0 if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
+        batch_size = check.whole("batch_size", batch_size, 1)
+        with self._lock:
+            width, height = _size(width, height, None, self._native.info())
+            cfg_scale = self._native.defaults()["cfg_scale"] if cfg_scale is None else check.number("cfg_scale", cfg_scale)
+            peak, networks = self._native.estimate_memory(
+                width=width, height=height, batch_size=batch_size, cfg_scale=cfg_scale, vae_tile=vae_tile
+            )
+        return MemoryEstimate(width, height, peak, [NetworkMemory(*network) for network in networks])
 
     def fingerprint(self) -> str:
         """A hash of all weights as they are in memory: 64 hexadecimal digits."""

@@ -103,7 +103,7 @@ int count_tokens(const Context & context, const std::string & words) {
 Context::Context(const std::string & model, const std::map<std::string, std::string> & components,
                  const std::string & data_dir, const Name & backend, int threads, const Name & precision, const Name & prediction,
                  const Name & lora_mode, const Name & base_copy, bool requantise, bool strict_loras,
-                 size_t lora_cache, std::optional<bool> zero_snr) {
+                 size_t lora_cache, std::optional<bool> zero_snr, size_t memory_limit) {
     std::vector<sd_component> parts;
     for (const auto & [role, path] : components) {
         parts.push_back({c_text(role, "components"), c_text(path, role.c_str())});
@@ -123,6 +123,7 @@ Context::Context(const std::string & model, const std::map<std::string, std::str
     params.requantise = requantise;
     params.strict_loras = strict_loras;
     params.lora_cache = lora_cache;
+    params.memory_limit = memory_limit;
     params.log = log_to_python;
     params.log_user = while_logging_.get();
 
@@ -149,11 +150,11 @@ ContextClass bind_context(py::module_ & m) {
     return ContextClass(m, "Context")
         .def(py::init<const std::string &, const std::map<std::string, std::string> &, const std::string &,
                       const Name &, int, const Name &, const Name &, const Name &, const Name &, bool, bool, size_t,
-                      std::optional<bool>>(),
+                      std::optional<bool>, size_t>(),
              "model"_a, py::kw_only(), "components"_a = py::dict(), "data_dir"_a, "backend"_a = py::none(),
              "threads"_a = 0, "precision"_a = py::none(), "prediction"_a = py::none(), "lora_mode"_a = py::none(),
              "base_copy"_a = py::none(), "requantise"_a = false, "strict_loras"_a = false, "lora_cache"_a = 0,
-             "zero_snr"_a = py::none())
+             "zero_snr"_a = py::none(), "memory_limit"_a = 0)
         .def("close", &Context::close)
         .def_property_readonly("closed", &Context::closed)
         .def("info", info)

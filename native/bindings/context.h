@@ -15,7 +15,7 @@ class Context {
     Context(const std::string & model, const std::map<std::string, std::string> & components,
             const std::string & data_dir, const Name & backend, int threads, const Name & precision, const Name & prediction,
             const Name & lora_mode, const Name & base_copy, bool requantise, bool strict_loras,
-            size_t lora_cache, std::optional<bool> zero_snr);
+            size_t lora_cache, std::optional<bool> zero_snr, size_t memory_limit);
 
     void close() { handle_.reset(); }
     bool closed() const { return !handle_; }

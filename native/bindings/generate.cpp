@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <tuple>
 
 namespace binding {
 
@@ -196,12 +197,36 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     return rgb;
 }
 
+// The most at a time, and of each network its name and the bytes of weights and of activations.
+py::tuple estimate_memory(const Context & context, int width, int height, int batch_size, float cfg_scale, int vae_tile) {
+    const std::shared_ptr<sd_ctx> ctx = context.handle();
+    const Prompts empty({{}}, "prompt", {});
+    sd_request request = sd_default_request(ctx.get());
+    request.prompts = request.negative_prompts = empty.data();
+    request.n_prompts = request.n_negative_prompts = 1;
+    request.width = width;
+    request.height = height;
+    request.batch_size = batch_size;
+    request.cfg_scale = cfg_scale;
+    request.vae_tile = vae_tile;
+    size_t peak = 0;
+    std::vector<std::tuple<std::string, size_t, size_t>> networks;
+    const auto add = [](const sd_network_memory * memory, void * user) {
+        static_cast<decltype(networks) *>(user)->emplace_back(memory->network, memory->weights, memory->activations);
+        return true;
+    };
+    check(released([&] { return sd_estimate_memory(ctx.get(), &request, &peak, add, &networks); }));
+    return py::make_tuple(peak, networks);
+}
+
 } // namespace
 
 void bind_generate(py::module_ & m, ContextClass & context) {
     py::class_<Preview, std::shared_ptr<Preview>>(m, "Preview")
         .def("__call__", &Preview::operator(), "image"_a = 0);
 
+    context.def("estimate_memory", estimate_memory, py::kw_only(), "width"_a, "height"_a, "batch_size"_a, "cfg_scale"_a,
+                "vae_tile"_a);
     context.def("generate", generate, py::kw_only(), "prompts"_a, "negative_prompts"_a, "width"_a, "height"_a,
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,

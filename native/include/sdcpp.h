@@ -110,6 +110,7 @@ typedef struct sd_open_params {
     bool                 requantise;   // a touched quantised weight goes back to its type; else it is held in f16
     bool                 strict_loras; // any key of a LoRA that fits nothing is an error
     size_t               lora_cache;   // bytes of read LoRAs that are kept though no prompt names them; 0: 2 GB
+    size_t               memory_limit; // bytes of weights and activations on the device at a time; 0: what it has
     sd_log_callback      log;          // may be NULL
     void *               log_user;
 } sd_open_params;
@@ -282,6 +283,20 @@ SD_API sd_request sd_default_request(const sd_ctx * ctx);
 
 // Paints batch_size images one after another into `rgb`, which holds batch_size * height * width * 3 bytes.
 SD_API sd_status sd_generate(sd_ctx * ctx, const sd_request * request, uint8_t * rgb);
+
+// What a network takes of the device's memory, in bytes. `network` lives during the call only.
+typedef struct sd_network_memory {
+    const char * network; // "text1", "t5", "denoise", "vae_decode", ...
+    size_t       weights, activations;
+} sd_network_memory;
+
+// Return false to stop.
+typedef bool (*sd_on_network)(const sd_network_memory * memory, void * user);
+
+// What sd_generate() would take with the LoRAs that act now, before it reads any weight: `*peak` is the most at a time, and
+// `on_network`, which may be NULL, is told of each network. What the process itself takes comes on top.
+SD_API sd_status sd_estimate_memory(sd_ctx * ctx, const sd_request * request, size_t * peak, sd_on_network on_network,
+                                    void * user);
 
 // ---- LoRA ----------------------------------------------------------------------------------------------
 

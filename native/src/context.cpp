@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cmath>
 #include <set>
+#include <utility>
 
 namespace sd {
 
@@ -38,6 +39,7 @@ class Claim {
         }
     }
     ~Claim() {
+        context_.runner_.release(); // between calls there are weights in memory, and no activations
         context_.device_.set_keep_going({});
         context_.busy_ = false;
     }
@@ -108,7 +110,7 @@ Context::Context(const OpenParams & params)
         fail(Status::bad_argument, "prediction and zero_snr: a model of %s is a rectified flow, which has neither",
              written(*family_).c_str());
     }
-    weights_.load(device_);
+    weights_.load(device_, params.memory_limit, log_);
     if (log_) {
         log_(Level::info, text("%s: %s, %zu weights, %zu MB on %s, kernels %s, precision %s", params.model.c_str(),
                                family_->name, weights_.weights().size(), weights_.resident_bytes() >> 20,
@@ -483,8 +485,43 @@ void Context::generate(Request r, uint8_t * rgb) {
     loras_.apply(r.loras);
     check_control(r);
     hint_at_settings(r);
-    runner_.adapt(nullptr);
+    paint(r, rgb);
+}
 
+MemoryEstimate Context::estimate(Request r) {
+    const Claim claim(*this, r.keep_going);
+    complete(r);
+    std::vector<uint8_t> nothing(static_cast<size_t>(r.width) * r.height * 3);
+    if (pipeline_->extra_input() == ExtraInput::control || loras_.control_inputs() > 0) {
+        r.control_image = nothing.data();
+    }
+    check_control(r);
+    r.sampler = "euler";
+    r.steps = 1;
+    r.strength = 1;
+    r.on_step = {};
+    std::vector<NetworkCost> costs;
+    std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
+    auto                     encoded = std::exchange(encoded_, {}); // text is to be encoded, and the next picture is not to
+    auto                     latent = std::exchange(last_latent_, {}); // know of it
+    const auto               back = [&] {
+        runner_.set_measuring(nullptr);
+        encoded_ = std::move(encoded);
+        last_latent_ = std::move(latent);
+    };
+    runner_.set_measuring(&costs);
+    try {
+        paint(r, rgb.data());
+    } catch (...) {
+        back();
+        throw;
+    }
+    back();
+    return sd::estimate(weights_, costs);
+}
+
+void Context::paint(const Request & r, uint8_t * rgb) {
+    runner_.adapt(nullptr);
     const bool          guided = r.cfg_scale != 1.0f;
     const Latents       begin = start(r);
     const NoiseSchedule trained = pipeline_->noise_schedule(begin.ne, r.shift);
@@ -595,7 +632,6 @@ void Context::decode(const Request & r, const Tensor & latent, uint8_t * rgb) {
     const size_t       one = static_cast<size_t>(count(latent.ne)) / r.batch_size;
     const int64_t      plane = static_cast<int64_t>(r.width) * r.height;
     runner_.adapt(nullptr);
-    runner_.keep_only("vae_decode");
     for (int image = 0; image < r.batch_size; ++image) { // one at a time: the decoder needs the most memory of all
         Tensor unscaled({latent.ne[0], latent.ne[1], latent.ne[2], 1});
         std::transform(latent.data.begin() + image * one, latent.data.begin() + (image + 1) * one, unscaled.data.begin(),
@@ -724,7 +760,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
         fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
              network.c_str());
     }
-    runner_.keep_only("");
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];
     runner_.adapt(is_text || network == "denoise" ? loras_.adapters() : nullptr,
@@ -733,7 +768,6 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
                                                       : Tensor());
     auto       outputs = runner_.run(network, inputs, build);
     const auto out = outputs.find(network == "text" ? "states" : network == "pooled" ? "pooled" : "out");
-    runner_.keep_only("");
     if (out == outputs.end()) {
         fail(Status::bad_argument, "a model of %s has no network '%s'", family_->name, network.c_str());
     }

@@ -5,6 +5,7 @@
 #include "families/family.h"
 #include "lora/lora_engine.h"
 #include "nn/device.h"
+#include "nn/estimate.h"
 #include "nn/runner.h"
 #include "nn/weights.h"
 
@@ -26,6 +27,7 @@ struct OpenParams {
     std::optional<bool>        zero_snr; // see OpenOptions
     int                        threads = 0;
     bool                       in_ram = false; // the files, which may change or vanish then
+    size_t                     memory_limit = 0; // bytes of weights and activations on the device; 0: what it has
     LoraOptions                loras;
     Log                        log;
 };
@@ -66,6 +68,9 @@ class Context {
 
     // Paints batch_size images one after another into `rgb`.
     void generate(Request request, uint8_t * rgb);
+
+    // What generate() would take, with the LoRAs that are in force, before it reads any weight.
+    MemoryEstimate estimate(Request request);
 
     // Inside on_step: one pixel per latent cell of image `image`.
     void preview(int image, uint8_t * rgb);
@@ -111,6 +116,7 @@ class Context {
         std::optional<Tensor> extra; // input channels behind the latent's own
     };
 
+    void         paint(const Request & request, uint8_t * rgb);
     void         complete(Request & request) const;
     void         complete_sizes(Request & request) const;
     void         check_control(const Request & request) const;

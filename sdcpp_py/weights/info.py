@@ -1,8 +1,10 @@
 """What a model file holds: family, parts, types, sizes, metadata, and what is missing to paint with it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from .. import _native
 from ..errors import BadFile, SdcppError, Unsupported
@@ -28,7 +30,7 @@ class FileInfo:
 
     Attributes:
         family: As the names of its tensors tell: "sd1"; None where they tell nothing known.
-        paints: Whether the engine can paint with it alone.
+        paints: Whether the engine can paint with it and the components given apart.
         missing: Why not, in a sentence; "".
         whole: All of it.
         parts: By part of the model: "denoiser", "vae", "clip_l", …
@@ -47,8 +49,12 @@ class FileInfo:
     left_out: list[str]
 
 
-def describe(path: AnyPath) -> FileInfo:
+def describe(path: AnyPath, components: Mapping[str, AnyPath] = MappingProxyType({})) -> FileInfo:
     """Looks into a model file or folder; reads nothing but headers.
+
+    Args:
+        path: The file or folder.
+        components: Files that the engine would be given beside it, by role: "vae", "clip_l", …
 
     Raises:
         BadFile: It is damaged.
@@ -63,7 +69,7 @@ def describe(path: AnyPath) -> FileInfo:
             size = (tensor.elements, tensor.bytes)
             parts.setdefault(part_of(tensor.name), []).append(size)
             types.setdefault(tensor.type, []).append(size)
-        missing = _missing(Path(path))
+        missing = _missing(Path(path), components)
         return FileInfo(
             family.name if family else None,
             not missing,
@@ -76,10 +82,11 @@ def describe(path: AnyPath) -> FileInfo:
         )
 
 
-def _missing(path: Path) -> str:
+def _missing(path: Path, components: Mapping[str, AnyPath]) -> str:
     """What the engine says against painting with it; the path in front of its sentence is left out."""
     try:
-        _native.list_weights(os.fsencode(path), data_dir=os.fsencode(data_dir()))
+        apart = {role: os.fsencode(of) for role, of in components.items()}
+        _native.list_weights(os.fsencode(path), components=apart, data_dir=os.fsencode(data_dir()))
     except (BadFile, Unsupported) as error:
         return str(error).removeprefix(f"{path}: ")
     except SdcppError as error:

@@ -2,6 +2,7 @@
 // the build with AddressSanitizer sees what is read or written beside them.
 #include <doctest/doctest.h>
 
+#include "core/error.h"
 #include "kernels/set.h"
 #include "kernels/sets.h"
 
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 namespace sd {
@@ -21,23 +23,27 @@ using namespace sd;
 
 namespace {
 
+// All that run here, and AMX's with emulated tiles where the rest of it does.
 std::vector<const KernelSet *> sets() {
-    std::vector<const KernelSet *> out{kernel_set("plain", false)};
-#ifdef SDCPP_X86_KERNELS
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        out.push_back(kernel_set("avx2", false));
-    }
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        out.push_back(kernel_set("avx512", false));
-    }
-    if (has_native_bf16()) {
-        out.push_back(kernel_set("avx512", true));
-        out.push_back(&set_amx_emulated);
-        if (kernel_set("", true)->name == std::string("amx")) {
-            out.push_back(kernel_set("", true));
+    std::vector<const KernelSet *> out;
+    for (const char * name : {"plain", "avx2", "avx512", "amx"}) {
+        for (const bool bf16 : {false, true}) {
+            try {
+                out.push_back(kernel_set(name, bf16));
+            } catch (const Error &) { // not of this processor, or without this precision
+            }
         }
     }
+#ifdef SDCPP_X86_KERNELS
+    if (has_native_bf16()) {
+        out.push_back(&set_amx_emulated);
+    }
 #endif
+    std::string names;
+    for (const KernelSet * set : out) {
+        names += std::string(" ") + set->name + (set->bf16 ? " (bf16)" : "");
+    }
+    MESSAGE("kernels:" << names);
     return out;
 }
 

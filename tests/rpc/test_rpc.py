@@ -5,6 +5,7 @@ Skipped where ggml was built without it; tests/rpc/run.py builds such a ggml and
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
@@ -233,3 +234,65 @@ def test_a_lora_acts_as_on_the_cpu_and_leaves_no_trace(
         context.reset_loras()
         assert context.fingerprint() == before
     assert_close(*latents, tolerance=1e-4)
+
+
+# ---- less memory than the model needs ------------------------------------------------------------------
+
+
+def moves(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
+    """How many components came and left since the last time."""
+    came = sum(1 for record in caplog.records if " MB on " in record.message and "weights" not in record.message)
+    left = sum(1 for record in caplog.records if "has left" in record.message)
+    caplog.clear()
+    return came, left
+
+
+def test_components_come_once_where_there_is_room(
+    device: str, tiny_sd1: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "sdcpp_py")
+    with SDContext(tiny_sd1, backend=device, threads=1) as context:
+        assert moves(caplog) == (0, 0)
+        for prompt, want in (("a cat", (3, 0)), ("a cat", (0, 0)), ("a dog", (0, 0))):
+            context.generate(prompt, steps=2, seed=1, width=64, height=64)
+            assert moves(caplog) == want
+
+
+@pytest.mark.parametrize("mode", ["runtime", "restore", "diff"])
+def test_components_that_leave_come_back_as_they_were(
+    mode: str, device: str, tiny_sd1: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With other LoRAs for each picture, whose weights are away when they are written, or leave afterwards."""
+    caplog.set_level(logging.DEBUG, "sdcpp_py")
+    files = []
+    for seed, paths in enumerate((PATHS[:4], PATHS[3:])):
+        kind = KINDS["lora"]
+        update = lora_files.random_update([path for path in paths if "norm" not in path], kind.make)
+        files.append(lora_files.save(tmp_path / f"{seed}.safetensors", lora_files.tensors_of(update)))
+    wanted = [{}, {files[0]: 0.7}, {files[1]: 0.5}, {files[0]: 0.2, files[1]: -0.4}, {}]
+    latents: list[list[np.ndarray]] = []
+    prints: list[list[str]] = []
+    for limit in (0, 16 << 20):  # text encoder 13 MB, UNet 4 MB, autoencoder 4 MB, and activations
+        with SDContext(tiny_sd1, backend=device, threads=1, lora_mode=mode, memory_limit=limit) as context:
+            latents.append([])
+            prints.append([context.fingerprint()])
+            for k, loras in enumerate(wanted):
+                context.generate(f"a cat {k}", steps=2, seed=1, width=64, height=64, loras=loras)
+                latents[-1].append(_native.probe_latent(context._native))
+                prints[-1].append(context.fingerprint())
+            context.reset_loras()
+            prints[-1].append(context.fingerprint())
+            assert prints[-1][-1] == prints[-1][0]
+            came, left = moves(caplog)
+            assert (left == 0) == (limit == 0)
+            assert came == 3 if limit == 0 else came > 3
+    np.testing.assert_array_equal(*latents)
+    assert prints[0] == prints[1]
+
+
+def test_a_device_without_room_says_so(device: str, tiny_sd1: Path) -> None:
+    with (
+        SDContext(tiny_sd1, backend=device, memory_limit=1 << 20) as context,
+        pytest.raises(sdcpp_py.OutOfMemory, match=r"beside \d+ MB of weights, and 1 MB are free on"),
+    ):
+        context.generate("a cat", steps=1)

@@ -69,7 +69,7 @@ def test_what_a_request_takes_where_it_says_nothing(dit: Opens) -> None:
 SMALL: dict[str, Any] = {"width": 32, "height": 48, "steps": 3, "seed": 1}
 
 
-@pytest.mark.parametrize("sampler", _native.samplers())
+@pytest.mark.parametrize("sampler", [name for name in _native.samplers() if name != "tcd"])
 def test_samplers_solve_flows(sampler: str, dit: Opens) -> None:
     """Small steps without noise end where small steps of Euler's end, whatever the method."""
     context = dit(FLUX_SCHNELL)

@@ -55,7 +55,7 @@ def open_unet(folder: Path, unet: Path, **options: object) -> _native.Context:
 
 
 def act(context: _native.Context, lora: Path | None) -> None:
-    whole = {"te": 1.0, "unet": 1.0, "start": 0.0, "stop": 1.0, "blocks": []}
+    whole = {"te": 1.0, "te2": 1.0, "te3": 1.0, "unet": 1.0, "start": 0.0, "stop": 1.0, "blocks": []}
     context.apply_loras([] if lora is None else [{"path": os.fsencode(lora), **whole}])
 
 

@@ -74,9 +74,10 @@ def answers(model: tiny.TinySD1, context: SDContext) -> dict[str, np.ndarray]:
 
 
 def assert_same_answers(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """Float32 on both sides, with other orders of sums."""
+    """Float32 on both sides. One unit of the last place in each changed weight moves these answers by 2e-6 to 8e-6,
+    whatever the kernels, and deltas are rounded once more than weights that come changed: so much twice over."""
     for network, there in want.items():
-        assert_close(got[network], there, 1e-5)
+        assert_close(got[network], there, 2e-5)
 
 
 @pytest.fixture(scope="module", params=[SD2, SDXL], ids=["sd2", "sdxl"])

@@ -107,6 +107,22 @@ sd_status sd_generate(sd_ctx * ctx, const sd_request * request, uint8_t * rgb) {
     });
 }
 
+sd_status sd_estimate_memory(sd_ctx * ctx, const sd_request * request, size_t * peak, sd_on_network on_network, void * user) {
+    return guarded([&] {
+        need(ctx, "ctx");
+        need(request, "request");
+        need(peak, "peak");
+        const sd::MemoryEstimate estimate = ctx->context.estimate(to_request(*request));
+        *peak = estimate.peak;
+        for (const auto & network : estimate.networks) {
+            const sd_network_memory memory{network.name.c_str(), network.weights, network.activations};
+            if (on_network && !on_network(&memory, user)) {
+                break;
+            }
+        }
+    });
+}
+
 sd_status sd_preview(sd_ctx * ctx, int image, uint8_t * rgb) {
     return guarded([&] {
         need(ctx, "ctx");

@@ -56,6 +56,7 @@ sd_status sd_open(const sd_open_params * params, sd_ctx ** ctx) {
         open.threads = params->threads;
         open.precision = or_empty(params->precision);
         open.in_ram = is_in_ram(or_empty(params->base_copy));
+        open.memory_limit = params->memory_limit;
         open.loras = to_lora_options(*params);
         if (params->log) {
             open.log = [call = params->log, user = params->log_user](sd::Level level, const std::string & message) {

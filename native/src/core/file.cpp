@@ -133,6 +133,8 @@ void MappedFile::close_file() {
     }
 }
 
+void MappedFile::forget(size_t, size_t) const {}
+
 bool MappedFile::is_as_opened() const {
     LARGE_INTEGER size = {};
     return GetFileSizeEx(as_handle(handle_), &size) && static_cast<size_t>(size.QuadPart) == size_ &&
@@ -217,6 +219,14 @@ void MappedFile::close_file() {
     if (handle_ != -1) {
         close(static_cast<int>(handle_));
         handle_ = -1;
+    }
+}
+
+void MappedFile::forget(size_t offset, size_t bytes) const {
+    const auto   page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t begin = (offset + page - 1) / page * page, end = (offset + bytes) / page * page;
+    if (!in_ram_ && begin < end) { // of memory that no file stands behind it would make zeros
+        madvise(const_cast<uint8_t *>(data_) + begin, end - begin, MADV_DONTNEED);
     }
 }
 

@@ -19,6 +19,11 @@ class MappedFile {
     const std::string & path() const { return path_; }
     const uint8_t *     data() const { return data_; }
     size_t              size() const { return size_; }
+    bool                in_ram() const { return in_ram_; }
+
+    // Takes a range out of this process's memory; whoever looks there again gets it from the system's cache or from disk.
+    // Nothing where the file is in RAM, or where the system has no such call and decides by itself.
+    void forget(size_t offset, size_t bytes) const;
 
     // Whether the mapped file still has the size and the modification time that it had when it was opened.
     // A file that was deleted or replaced by another one of the same name stays as it was: we hold it open.

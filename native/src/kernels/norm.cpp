@@ -26,10 +26,16 @@ GroupNormOperation::GroupNormOperation(const KernelSet & kernel_set, Pool & thre
     : Operation(kernel_set, threads), x_(x), weight_(weight), bias_(bias), groups_(groups), eps_(eps), activation_(activation),
       channels_(x->ne[0]), pixels_(x->ne[1] * x->ne[2]), images_(x->ne[3]),
       parts_((pixels_ + pixels_at_once - 1) / pixels_at_once) {
-    means_.resize(static_cast<size_t>(channels_ * parts_ * images_));
-    squares_.resize(means_.size());
     centres_.resize(static_cast<size_t>(channels_ * images_));
     scales_.resize(centres_.size());
+    moments();
+}
+
+// A thirty-second of the picture: all norms of a graph use the same memory.
+GroupNormOperation::Moments GroupNormOperation::moments() const {
+    const auto n = static_cast<size_t>(channels_ * parts_ * images_);
+    auto *     means = static_cast<float *>(pool.scratch(0, 2 * n * sizeof(float)));
+    return {means, means + n};
 }
 
 std::unique_ptr<GroupNormOperation> GroupNormOperation::with(Activation activation) const {
@@ -41,10 +47,10 @@ ggml_tensor * GroupNormOperation::append_to(ggml_context * ctx) {
 }
 
 // Joins the moments of parts and channels (Chan, Golub and LeVeque, 1979): their means differ from the group's.
-void GroupNormOperation::factors(int64_t image) {
+void GroupNormOperation::factors(int64_t image, const Moments & moments) {
     const int64_t size = channels_ / groups_;
-    const float * means = means_.data() + image * parts_ * channels_;
-    const float * squares = squares_.data() + image * parts_ * channels_;
+    const float * means = moments.means + image * parts_ * channels_;
+    const float * squares = moments.squares + image * parts_ * channels_;
     const float * weight = of_image(weight_, channels_, image);
     const auto    pixels_of = [&](int64_t part) { return static_cast<double>(std::min(pixels_at_once, pixels_ - part * pixels_at_once)); };
     for (int64_t group = 0; group < groups_; ++group) {
@@ -76,14 +82,16 @@ void GroupNormOperation::factors(int64_t image) {
 void GroupNormOperation::run(ggml_tensor * out) {
     const float * x = data(x_);
     const int64_t picture = pixels_ * channels_;
+    const Moments of = moments();
     const auto    rows = [&](int64_t part) { return std::min(pixels_at_once, pixels_ - part * pixels_at_once); };
     const double passes = 8.0 * static_cast<double>(picture * images_); // of memory count more than sums
     pool.run(images_ * parts_, passes, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         set.moments(x + image * picture + part * pixels_at_once * channels_, rows(part), channels_, channels_,
-                    means_.data() + piece * channels_, squares_.data() + piece * channels_);
+                    of.means + piece * channels_, of.squares + piece * channels_);
     });
-    pool.run(images_, 8.0 * static_cast<double>(means_.size()), [&](int64_t image, int) { factors(image); });
+    pool.run(images_, 8.0 * static_cast<double>(channels_ * parts_ * images_),
+             [&](int64_t image, int) { factors(image, of); });
     pool.run(images_ * parts_, passes, [&](int64_t piece, int) {
         const int64_t image = piece / parts_, part = piece % parts_;
         const int64_t at = image * picture + part * pixels_at_once * channels_;

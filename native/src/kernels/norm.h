@@ -21,14 +21,17 @@ class GroupNormOperation final : public Operation {
     Activation                          activation() const { return activation_; }
 
   private:
-    void factors(int64_t image);
+    struct Moments {
+        float *means, *squares; // [C, parts, N]
+    };
+    Moments moments() const;
+    void    factors(int64_t image, const Moments & moments);
 
     ggml_tensor *      x_, *weight_, *bias_; // the vectors [C], or [C, N]
     int                groups_;
     float              eps_;
     Activation         activation_;
     int64_t            channels_, pixels_, images_, parts_;
-    std::vector<float> means_, squares_; // [C, parts, N]
     std::vector<float> centres_, scales_; // [C, N]
 };
 

@@ -13,7 +13,7 @@ namespace {
 // Weights that are unpacked at a time, and sums that more channels are added to, stay in the second-level cache together
 // while rows pass by. Few channels at a time and many columns read rows less often; many channels add to sums less often.
 constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10; // bytes
-constexpr int64_t depth_of_f32 = 768, depth_of_bf16 = 1536, columns_at_most = 320;
+constexpr int64_t columns_at_most = 320;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
 // Unpacking a block of weights must be little work beside multiplying by it.
 constexpr int64_t rows_at_least = 512, rows_of_quantised = 4096;
@@ -83,13 +83,12 @@ Rows Product::rows_of(const ProductTerm & term) const {
 // ---- which weights are unpacked at a time ---------------------------------------------------------------------
 
 void Product::plan_chunks() {
-    const int64_t depth = set.bf16 ? depth_of_bf16 : depth_of_f32;
-    int64_t       longest = 0, taken = 0; // by the last chunk
+    int64_t longest = 0, taken = 0; // by the last chunk
     for (size_t term = 0; term < parts_.terms.size(); ++term) {
         const ggml_tensor * weight = parts_.terms[term].weight;
         const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
         // A value meets its gate when both are complete: all at a time.
-        const int64_t most = gated() ? inputs : std::max<int64_t>(depth / taps, 16);
+        const int64_t most = gated() ? inputs : std::max<int64_t>(set.depth / taps, 16);
         const int64_t pieces = (inputs + most - 1) / most;
         const int64_t step = std::max<int64_t>(block, set.channel_step);
         const int64_t length = ((inputs + pieces - 1) / pieces + step - 1) / step * step; // of nearly the same length
@@ -97,7 +96,7 @@ void Product::plan_chunks() {
         for (int64_t first = 0; first < inputs; first += length) {
             const Slice slice{term, static_cast<int>(taps), static_cast<int>(std::min(length, inputs - first)), first};
             // An adapter's few channels come with the last of the layer's, and sums are written once for both.
-            const bool joins = !chunks_.empty() && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= depth));
+            const bool joins = !chunks_.empty() && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= set.depth));
             taken = taps * slice.length + (joins ? taken : 0);
             if (joins) {
                 chunks_.back().push_back(slice);

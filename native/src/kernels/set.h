@@ -94,6 +94,7 @@ struct Head {
 struct KernelSet {
     const char * name;
     int          lanes, panel; // floats in a vector, columns in a panel
+    int          depth;        // channels times taps that are unpacked and multiplied at a time
     int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
 

@@ -26,9 +26,11 @@ constexpr bool products_in_bf16 = false;
 constexpr int channels_of_number = products_in_bf16 ? 2 : 1;
 
 #ifdef SD_AMX
-constexpr int channel_step = 32; // of a tile of AMX
+constexpr int channel_step = 32; // of a tile
+constexpr int depth = 512;       // with 32 rows the first-level cache
 #else
 constexpr int channel_step = channels_of_number;
+constexpr int depth = products_in_bf16 ? 1536 : 768;
 #endif
 
 SD_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -85,8 +87,8 @@ SD_INLINE Vec activated(Vec x, Activation activation) {
 
 extern const KernelSet SD_SET;
 const KernelSet        SD_SET{
-    SD_SET_NAME, lanes,     panel,   channel_step, products_in_bf16, panel_bytes, row_scratch, pack, product,
-    head_scratch, attention, moments, affine,       normalise,        activate,    add,
+    SD_SET_NAME, lanes,        panel,     depth,   channel_step, products_in_bf16, panel_bytes, row_scratch, pack,
+    product,     head_scratch, attention, moments, affine,       normalise,        activate,    add,
 };
 
 } // namespace sd

@@ -83,8 +83,8 @@ bool LoraEngine::apply(const LoraState & wanted) {
             }
         }
         fail(Status::out_of_memory,
-             "memory for %zu LoRAs (%s) could not be had; name fewer or smaller ones, or lower lora_cache",
-             paths.size(), paths.empty() ? "none" : paths.begin()->c_str());
+             "memory for %zu LoRAs (%s) could not be had on %s; name fewer or smaller ones, or lower lora_cache",
+             paths.size(), paths.empty() ? "none" : paths.begin()->c_str(), device_.name().c_str());
     }
 }
 
@@ -193,7 +193,6 @@ LoraEngine::Loras LoraEngine::load(const LoraState & state) {
     }
     Loras loras;
     size_t bytes = 0;
-    const size_t free = device_.memory_free();
     for (const std::string & path : paths) {
         loras.push_back(cache_.get(path));
         const LoraReport & report = loras.back()->report;
@@ -206,6 +205,8 @@ LoraEngine::Loras LoraEngine::load(const LoraState & state) {
                  (report.skipped.empty() ? report.unmatched : report.skipped).front().c_str());
         }
         bytes += loras.back()->bytes;
+        weights_.make_room(bytes);
+        const size_t free = device_.memory_free();
         if (free > 0 && bytes > free) {
             fail(Status::out_of_memory,
                  "the first %zu of %zu LoRAs need %zu MB already, but %s has %zu MB; name fewer of them",

@@ -2,6 +2,7 @@
 
 #include "core/env.h"
 #include "core/error.h"
+#include "core/memory.h"
 #include "kernels/sets.h"
 
 #include <ggml-backend.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <limits>
 #include <memory>
 #include <thread>
 
@@ -180,6 +182,11 @@ size_t Device::memory_free() const {
     size_t free = 0, total = 0;
     ggml_backend_dev_memory(ggml_backend_get_device(backends_[0]), &free, &total);
     return total > 0 ? free : 0;
+}
+
+size_t Device::memory_left() const {
+    const size_t free = is_cpu() ? available_memory() : memory_free();
+    return free > 0 ? free : std::numeric_limits<size_t>::max();
 }
 
 void Device::set_keep_going(std::function<bool()> keep_going) { keep_going_ = std::move(keep_going); }

@@ -54,6 +54,8 @@ class Device {
 
     // Bytes that are free; 0 where the device does not tell.
     size_t memory_free() const;
+    // The same where the CPU's counts what the system could give back, and the largest size_t where nobody tells.
+    size_t memory_left() const;
 
     // The device, then the CPU where that is another.
     const std::vector<ggml_backend *> & backends() const { return backends_; }

@@ -8,6 +8,7 @@
 #include <ggml.h>
 
 #include <mutex>
+#include <new>
 
 namespace sd {
 
@@ -42,8 +43,7 @@ void DeviceTensors::allocate(const Device & device) {
     }
     state_->buffer.reset(ggml_backend_alloc_ctx_tensors(state_->ctx.get(), device.backends()[0]));
     if (!state_->buffer) {
-        fail(Status::out_of_memory, "%zu MB could not be had on %s", state_->bytes >> 20,
-             device.name().c_str());
+        throw std::bad_alloc();
     }
     ggml_backend_buffer_set_usage(state_->buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
 }

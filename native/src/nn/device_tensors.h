@@ -21,7 +21,7 @@ class DeviceTensors {
 
     size_t bytes() const; // of all tensors
     bool is_allocated() const;
-    // Throws Error(out_of_memory).
+    // Throws std::bad_alloc: what to do about it, only those know whose tensors they are.
     void allocate(const Device & device);
 
     // `write` is given room for all of the tensor's elements; on devices whose memory the host cannot touch

@@ -80,6 +80,11 @@ void Graph::output(const std::string & name, Value value) {
 
 // ---- products with weights -----------------------------------------------------------------------------
 
+ggml_tensor * Graph::resident(const Weight * weight) {
+    weights_.insert(weight);
+    return weight->tensor;
+}
+
 Value Graph::multiply(ggml_tensor * weight, Value x) {
     return kernels_ && Product::can(weight) ? kernels_->product({{{weight, x}}}) : ggml_mul_mat(ctx_, weight, x);
 }
@@ -100,7 +105,7 @@ Value Graph::linear(const Weight * weight, const Weight * bias, Value x) {
     if (kernels_ && Product::can(weight->tensor) && low_rank_at_most(adapted)) {
         return fused(adapted, weight, bias, x, 1, 0);
     }
-    Value y = adapted ? adapted_linear(*adapted, weight, x) : multiply(weight->tensor, x);
+    Value y = adapted ? adapted_linear(*adapted, weight, x) : multiply(resident(weight), x);
     return bias ? ggml_add(ctx_, y, over_tokens(vector(bias), y)) : y;
 }
 
@@ -136,7 +141,7 @@ Value Graph::conv2d(const Weight * kernel, const Weight * bias, Value x, int str
     if (kernels_ && Product::can(kernel->tensor) && low_rank_at_most(adapted)) {
         return fused(adapted, kernel, bias, x, stride, pad);
     }
-    Value y = adapted ? adapted_conv2d(*adapted, kernel, x, stride, pad) : multiply(kernel->tensor, x, stride, pad);
+    Value y = adapted ? adapted_conv2d(*adapted, kernel, x, stride, pad) : multiply(resident(kernel), x, stride, pad);
     return bias ? ggml_add(ctx_, y, over_channels(vector(bias))) : y;
 }
 
@@ -147,7 +152,7 @@ Value Graph::embedding(const Weight * table, Value ids) {
     if (adapted) {
         return adapted_rows(*adapted, table, flat, ne);
     }
-    Value rows = ggml_get_rows(ctx_, table->tensor, flat);
+    Value rows = ggml_get_rows(ctx_, resident(table), flat);
     return ggml_reshape_4d(ctx_, rows, rows->ne[0], ne[0], ne[1], ne[2]);
 }
 

@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -128,6 +129,8 @@ class Graph {
     // What each matrix is multiplied with: [in, ...].
     const std::vector<std::pair<const Weight *, Value>> & multiplied() const { return multiplied_; }
     const std::map<std::string, Value> & outputs() const { return outputs_; }
+    // All weights that it refers to.
+    const std::set<const Weight *> &     weights() const { return weights_; }
     const std::vector<Constant> &        constants() const { return constants_; }
 
   private:
@@ -136,6 +139,7 @@ class Graph {
 
     // What adapters make of products, see graph_adapters.cpp. A vector comes as [n], or as [n, images].
     const Adapter * adapter(const Weight * weight) const;
+    ggml_tensor *   resident(const Weight * weight);
     Value           strengths();
     Value           entry_strengths(int64_t first, int64_t n);
     Value           token_strengths(int64_t first, int64_t n, Value x);
@@ -164,6 +168,7 @@ class Graph {
     Value                        strengths_ = nullptr;
     std::map<std::string, Value> inputs_, outputs_;
     std::vector<std::pair<const Weight *, Value>> multiplied_;
+    std::set<const Weight *>     weights_;
     std::vector<Constant>        constants_;
 };
 

@@ -71,9 +71,9 @@ Value Graph::weighted_sum(Value vectors, int64_t first) {
 Value Graph::vector(const Weight * weight) {
     const Adapter * adapted = adapter(weight);
     if (!adapted) {
-        return weight->tensor;
+        return resident(weight);
     }
-    return ggml_add(ctx_, weighted_sum(adapted->shift.values, adapted->shift.strengths), weight->tensor);
+    return ggml_add(ctx_, weighted_sum(adapted->shift.values, adapted->shift.strengths), resident(weight));
 }
 
 Value Graph::over_tokens(Value vector, Value x) {
@@ -112,7 +112,7 @@ Value Graph::own_inputs(const Adapter * adapted, const Weight * weight, Value x)
 // A product and all that low-rank adapters add to it, in one node.
 Value Graph::fused(const Adapter * adapted, const Weight * weight, const Weight * bias, Value x, int stride, int pad) {
     ProductParts parts;
-    parts.terms.push_back({weight->tensor, own_inputs(adapted, weight, x), stride, pad});
+    parts.terms.push_back({resident(weight), own_inputs(adapted, weight, x), stride, pad});
     if (adapted) {
         ProductParts inner;
         inner.terms.push_back({adapted->down, x, stride, pad});
@@ -147,15 +147,15 @@ Value Graph::adapted_linear(const Adapter & adapter, const Weight * weight, Valu
         return over_tokens(ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f),
                            of);
     };
-    Value y = multiply(weight->tensor, x);
+    Value y = multiply(resident(weight), x);
     if (adapter.rows.values && adapter.columns.values) {
-        Value scaled = multiply(weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
+        Value scaled = multiply(resident(weight), ggml_mul(ctx_, x, factor(adapter.columns, x)));
         Value sum = weighted_sum(adapter.rows.values, adapter.rows.strengths);
         y = ggml_add(ctx_, scaled, ggml_mul(ctx_, y, over_tokens(sum, y)));
     } else if (adapter.rows.values) {
         y = ggml_mul(ctx_, y, factor(adapter.rows, y));
     } else if (adapter.columns.values) {
-        y = multiply(weight->tensor, ggml_mul(ctx_, x, factor(adapter.columns, x)));
+        y = multiply(resident(weight), ggml_mul(ctx_, x, factor(adapter.columns, x)));
     }
     if (adapter.up) {
         Value inner = multiply(adapter.down, whole); // [R, T, N]
@@ -182,7 +182,7 @@ Value Graph::adapted_conv2d(const Adapter & adapter, const Weight * kernel, Valu
         return over_channels(
             ggml_scale_bias(ctx_, weighted_sum(vectors.values, vectors.strengths), 1.0f, 1.0f));
     };
-    const auto base = [&](Value input) { return multiply(kernel->tensor, input, stride, pad); };
+    const auto base = [&](Value input) { return multiply(resident(kernel), input, stride, pad); };
     Value y = nullptr;
     if (adapter.rows.values && adapter.columns.values) {
         Value sum = over_channels(weighted_sum(adapter.rows.values, adapter.rows.strengths));
@@ -209,7 +209,7 @@ Value Graph::adapted_rows(const Adapter & adapter, const Weight * table, Value i
     const auto rows = [&](Value from) {
         return ggml_reshape_4d(ctx_, ggml_get_rows(ctx_, from, ids), from->ne[0], ne[0], ne[1], ne[2]);
     };
-    Value y = rows(table->tensor);
+    Value y = rows(resident(table));
     if (adapter.up) {
         Value inner = rows(adapter.up); // [R, n, N]
         inner = ggml_mul(ctx_, inner, token_strengths(adapter.strengths, inner->ne[0], inner));

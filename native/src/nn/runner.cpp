@@ -9,6 +9,7 @@
 #include <ggml-cpp.h>
 #include <ggml.h>
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 
@@ -112,7 +113,7 @@ static void write(Value value, const Tensor & tensor) {
     }
 }
 
-Runner::Runner(Device & device, const WeightStore & weights) : device_(device), weights_(weights) {}
+Runner::Runner(Device & device, WeightStore & weights) : device_(device), weights_(weights) {}
 Runner::~Runner() = default;
 
 void Runner::adapt(const Adapters * adapters, Tensor strengths) {
@@ -120,55 +121,60 @@ void Runner::adapt(const Adapters * adapters, Tensor strengths) {
     strengths_ = std::move(strengths);
 }
 
-Runner::Plan & Runner::plan(const std::string & network, const Inputs & inputs,
-                            const std::function<void(Graph &)> & build) {
+static Graph::Shapes shapes_of(const Inputs & inputs) {
     Graph::Shapes shapes;
     for (const auto & [name, tensor] : inputs) {
         shapes[name] = tensor->ne;
     }
+    return shapes;
+}
+
+size_t Runner::max_nodes() const { return base_nodes + (adapters_ ? adapters_->max_nodes() : 0); }
+
+Runner::Plan & Runner::plan(const std::string & network, const Inputs & inputs,
+                            const std::function<void(Graph &)> & build) {
     const uint64_t adapters = adapters_ ? adapters_->id : 0;
     const Shape strengths = adapters_ ? strengths_.ne : Shape{};
-    const size_t max_nodes = base_nodes + (adapters_ ? adapters_->max_nodes() : 0);
-    for (auto at = plans_.begin(); at != plans_.end(); ++at) {
-        Plan & kept = **at;
-        if (kept.network != network) {
-            continue;
-        }
-        if (kept.shapes != shapes || kept.max_nodes < max_nodes) {
-            plans_.erase(at);
-            break;
-        }
-        if (kept.adapters == adapters && kept.strengths == strengths && kept.epoch == weights_.epoch()) {
-            return kept;
-        }
-        // The same network with other adapters: nearly the same graph, in the buffers that are there.
-        std::unique_ptr<Plan> plan = std::move(*at);
-        plans_.erase(at);
-        plan->adapters = adapters;
-        plan->strengths = strengths;
-        build_into(*plan, build);
-        plans_.push_back(std::move(plan));
-        return *plans_.back();
+    Graph::Shapes shapes = shapes_of(inputs);
+    const bool fits = plan_ && plan_->network == network && plan_->shapes == shapes && plan_->max_nodes >= max_nodes();
+    if (fits && plan_->adapters == adapters && plan_->strengths == strengths && plan_->epoch == weights_.epoch()) {
+        return *plan_;
     }
-
-    auto plan = std::make_unique<Plan>();
-    plan->network = network;
-    plan->shapes = std::move(shapes);
+    // The same network with other adapters: nearly the same graph, in the buffers that are there.
+    std::unique_ptr<Plan> plan = std::move(plan_);
+    if (!fits) {
+        plan.reset(); // its buffers make room
+        plan = new_plan(network, shapes, max_nodes());
+    }
     plan->adapters = adapters;
     plan->strengths = strengths;
+    const size_t there = ggml_backend_sched_get_buffer_size(plan->sched.get(), device_.backends()[0]);
+    const size_t needed = measure(*plan, build);
+    ComponentSet components;
+    for (const Weight * weight : plan->graph->weights()) {
+        components.insert(weight->component);
+    }
+    weights_.need(components, needed > there ? needed - there : 0, network);
+    build_into(*plan, build);
+    plan_ = std::move(plan);
+    return *plan_;
+}
+
+std::unique_ptr<Runner::Plan> Runner::new_plan(const std::string & network, const Graph::Shapes & shapes,
+                                               size_t max_nodes) const {
+    auto plan = std::make_unique<Plan>();
+    plan->network = network;
+    plan->shapes = shapes;
     plan->max_nodes = max_nodes;
     plan->ctx.reset(ggml_init(
         {ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false), nullptr, true}));
-    if (!plan->ctx) {
-        fail(Status::out_of_memory, "memory for the graph of '%s' could not be had", network.c_str());
-    }
     auto backends = device_.backends();
     plan->sched.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
                                              max_nodes, false, true));
-    check_memory(*plan, build);
-    build_into(*plan, build);
-    plans_.push_back(std::move(plan));
-    return *plans_.back();
+    if (!plan->ctx || !plan->sched) {
+        fail(Status::out_of_memory, "memory for the graph of '%s' could not be had", network.c_str());
+    }
+    return plan;
 }
 
 void Runner::append_nodes(Plan & plan, const std::function<void(Graph &)> & build) {
@@ -182,21 +188,19 @@ void Runner::append_nodes(Plan & plan, const std::function<void(Graph &)> & buil
     build(*plan.graph);
 }
 
-// Linux promises more memory than there is, and ends the process that touches it.
-void Runner::check_memory(Plan & plan, const std::function<void(Graph &)> & build) {
-    if (!plan.sched) {
-        return;
-    }
+// Bytes of activations on the device. The weights need not be there.
+size_t Runner::measure(Plan & plan, const std::function<void(Graph &)> & build) {
     append_nodes(plan, build);
     std::vector<size_t> bytes(device_.backends().size());
     ggml_backend_sched_reserve_size(plan.sched.get(), plan.nodes, bytes.data());
-    const size_t needed = bytes.back(), available = available_memory(); // the CPU comes last
-    if (needed > available) {
+    const size_t on_cpu = bytes.back(), available = available_memory(); // what the device lacks, or all of it
+    if (!device_.is_cpu() && on_cpu > available) {
         fail(Status::out_of_memory,
-             "the activations of '%s' need %zu MB, and %zu MB are free; try a smaller picture or batch, or "
-             "vae_tile",
-             plan.network.c_str(), needed >> 20, available >> 20);
+             "the activations of '%s' need %zu MB beside the device, and %zu MB are free; try a smaller picture or batch, "
+             "or vae_tile",
+             plan.network.c_str(), on_cpu >> 20, available >> 20);
     }
+    return bytes.front();
 }
 
 void Runner::build_into(Plan & plan, const std::function<void(Graph &)> & build) {
@@ -206,7 +210,7 @@ void Runner::build_into(Plan & plan, const std::function<void(Graph &)> & build)
     // one. It uses a graph up, for it puts copies between devices in the place of its nodes' sources.
     ggml_backend_sched * sched = plan.sched.get();
     append_nodes(plan, build);
-    bool allocated = sched && ggml_backend_sched_reserve(sched, plan.nodes);
+    bool allocated = ggml_backend_sched_reserve(sched, plan.nodes);
     append_nodes(plan, build);
     allocated = allocated && ggml_backend_sched_alloc_graph(sched, plan.nodes);
     if (!allocated) {
@@ -216,8 +220,36 @@ void Runner::build_into(Plan & plan, const std::function<void(Graph &)> & build)
     }
 }
 
+std::map<std::string, Tensor> Runner::add_cost(const std::string & network, const Inputs & inputs,
+                                               const std::function<void(Graph &)> & build) {
+    NetworkCost cost{network, shapes_of(inputs), {}, 0, {}};
+    const auto known = std::find_if(costs_->begin(), costs_->end(), [&](const NetworkCost & other) {
+        return other.network == network && other.inputs == cost.inputs;
+    });
+    if (known != costs_->end()) { // one tile is like another
+        cost = *known;
+    } else {
+        const std::unique_ptr<Plan> plan = new_plan(network, cost.inputs, max_nodes());
+        plan->strengths = strengths_.ne;
+        cost.activations = measure(*plan, build);
+        cost.weights = plan->graph->weights();
+        for (const auto & [name, value] : plan->graph->outputs()) {
+            cost.outputs[name] = Graph::shape(value);
+        }
+    }
+    std::map<std::string, Tensor> zeros;
+    for (const auto & [name, ne] : cost.outputs) {
+        zeros.emplace(name, Tensor(ne));
+    }
+    costs_->push_back(std::move(cost));
+    return zeros;
+}
+
 std::map<std::string, Tensor> Runner::run(const std::string & network, const Inputs & inputs,
                                           const std::function<void(Graph &)> & build) {
+    if (costs_) {
+        return add_cost(network, inputs, build);
+    }
     Plan & at = plan(network, inputs, build);
     for (const auto & [name, value] : at.graph->inputs()) {
         const auto given = inputs.find(name);
@@ -257,18 +289,6 @@ std::map<std::string, Tensor> Runner::run(const std::string & network, const Inp
     return outputs;
 }
 
-void Runner::keep_only(const std::string & network) {
-    plans_.remove_if([&](const auto & plan) { return plan->network != network; });
-}
-
-size_t Runner::buffer_bytes() const {
-    size_t bytes = 0;
-    for (const auto & plan : plans_) {
-        for (ggml_backend * backend : device_.backends()) {
-            bytes += ggml_backend_sched_get_buffer_size(plan->sched.get(), backend);
-        }
-    }
-    return bytes;
-}
+void Runner::release() { plan_.reset(); }
 
 } // namespace sd

@@ -23,11 +23,11 @@ struct WeightStore::Rewrites {
         ggml_context_ptr ctx;
         ggml_backend_buffer_ptr buffer;
         ggml_tensor * tensor;
-        ggml_tensor * loaded; // what load() made resident
     };
     std::unordered_map<const Weight *, Private> privates;
-    std::unordered_set<const Weight *> overwritten; // in a buffer of load()'s own
-    std::mutex device;                              // one transfer at a time
+    std::unordered_set<const Weight *> overwritten; // in a buffer of their component
+    std::unordered_map<const Weight *, std::vector<uint8_t>> away; // the bytes of those whose component is away
+    std::mutex device;                                             // one transfer at a time
 };
 
 namespace {
@@ -72,6 +72,8 @@ void from_floats(ggml_type type, const float * from, int64_t n, int64_t row, voi
 size_t bytes_of(ggml_type type, int64_t elements) {
     return static_cast<size_t>(elements / ggml_blck_size(type)) * ggml_type_size(type);
 }
+
+bool is_away(const Weight & weight) { return !weight.tensor->data; }
 
 } // namespace
 
@@ -120,6 +122,19 @@ void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, flo
 void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * to) const {
     const ggml_tensor & tensor = *weight.tensor;
     const auto type = static_cast<DType>(tensor.type);
+    if (is_away(weight)) {
+        if (rewrites_ && rewrites_->away.count(&weight) > 0) {
+            to_floats(type, rewrites_->away.at(&weight).data(), first, n, to);
+            return;
+        }
+        read_base(weight, first, n, to);
+        if (tensor.type == GGML_TYPE_F16) { // the only type of fewer digits that weights are converted to
+            std::vector<uint8_t> bytes(bytes_of(tensor.type, n));
+            from_f32(type, to, bytes.data(), static_cast<size_t>(n));
+            to_f32(type, bytes.data(), to, static_cast<size_t>(n));
+        }
+        return;
+    }
     if (ggml_backend_buffer_is_host(tensor.buffer)) {
         to_floats(type, static_cast<const uint8_t *>(tensor.data), first, n, to);
         return;
@@ -134,8 +149,7 @@ void WeightStore::read(const Weight & weight, int64_t first, int64_t n, float * 
 }
 
 int32_t WeightStore::writable_type(const Weight & weight, bool requantise) const {
-    const bool own = rewrites_ && rewrites_->privates.count(&weight) > 0;
-    const ggml_type loaded = (own ? rewrites_->privates.at(&weight).loaded : weight.tensor)->type;
+    const ggml_type loaded = weight.loaded->type;
     const bool again = requantise && !ggml_quantize_requires_imatrix(loaded);
     return ggml_is_quantized(loaded) && !again ? GGML_TYPE_F16 : loaded;
 }
@@ -163,28 +177,37 @@ void WeightStore::make_private(const Weight & weight, int32_t type) {
         rewrites_ = std::make_shared<Rewrites>();
     }
     const bool mapped = weight.tensor->data == weight.stored->data();
-    const bool own = rewrites_->privates.count(&weight) > 0;
     if (weight.tensor->type == type && !mapped) {
-        if (!own) {
-            rewrites_->overwritten.insert(&weight);
+        const bool own = rewrites_->privates.count(&weight) > 0;
+        if (!own && rewrites_->overwritten.insert(&weight).second && is_away(weight)) {
+            rewrites_->away[&weight] = loaded_bytes(weight);
         }
         return;
     }
     Rewrites::Private made{};
-    made.loaded = own ? rewrites_->privates.at(&weight).loaded : weight.tensor;
     made.ctx.reset(ggml_init({ggml_tensor_overhead(), nullptr, true}));
     made.tensor = made.ctx ? ggml_new_tensor_4d(made.ctx.get(), static_cast<ggml_type>(type), weight.ne[0],
                                                 weight.ne[1], weight.ne[2], weight.ne[3])
                            : nullptr;
-    if (made.tensor) {
+    if (!made.tensor) {
+        fail(Status::out_of_memory, "memory for '%s' with its LoRAs could not be had", weight.name.c_str());
+    }
+    if (!is_away(weight)) {
         made.buffer.reset(ggml_backend_alloc_ctx_tensors(made.ctx.get(), device_->backends()[0]));
     }
-    if (!made.buffer) {
-        fail(Status::out_of_memory, "%lld MB for '%s' with its LoRAs could not be had on %s",
-             static_cast<long long>(count(weight.ne) * 4 >> 20), weight.name.c_str(),
-             device_->name().c_str());
+    if (!made.buffer && !is_away(weight)) { // what is away is written in the host's memory
+        send_away(weight.component);
     }
-    ggml_backend_buffer_set_usage(made.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    if (made.buffer) {
+        ggml_backend_buffer_set_usage(made.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    } else if (is_away(weight)) {
+        made.tensor->buffer = nowhere();
+        rewrites_->away[&weight].resize(ggml_nbytes(made.tensor));
+    } else {
+        fail(Status::out_of_memory, "%zu MB for '%s' with its LoRAs could not be had on %s",
+             ggml_nbytes(made.tensor) >> 20, weight.name.c_str(), device_->name().c_str());
+    }
+    components_[weight.component].copied += ggml_nbytes(made.tensor);
     const_cast<Weight &>(weight).tensor =
         made.tensor; // only this store hands out weights, and never as constants
     rewrites_->privates[&weight] = std::move(made);
@@ -194,8 +217,11 @@ void WeightStore::make_private(const Weight & weight, int32_t type) {
 void WeightStore::write(const Weight & weight, int64_t first, int64_t n, const float * from) {
     ggml_tensor & tensor = *weight.tensor;
     const size_t at = bytes_of(tensor.type, first);
-    if (ggml_backend_buffer_is_host(tensor.buffer)) {
-        from_floats(tensor.type, from, n, tensor.ne[0], static_cast<uint8_t *>(tensor.data) + at);
+    const bool away = is_away(weight);
+    if (away || ggml_backend_buffer_is_host(tensor.buffer)) {
+        uint8_t * bytes =
+            away ? rewrites_->away.at(&weight).data() : static_cast<uint8_t *>(tensor.data);
+        from_floats(tensor.type, from, n, tensor.ne[0], bytes + at);
         return;
     }
     std::vector<uint8_t> bytes(bytes_of(tensor.type, n));
@@ -208,13 +234,87 @@ void WeightStore::restore(const Weight & weight) {
     if (!rewrites_) {
         return;
     }
+    rewrites_->away.erase(&weight);
     const auto own = rewrites_->privates.find(&weight);
     if (own != rewrites_->privates.end()) {
-        const_cast<Weight &>(weight).tensor = own->second.loaded;
+        components_[weight.component].copied -= ggml_nbytes(own->second.tensor);
+        const_cast<Weight &>(weight).tensor = weight.loaded;
         rewrites_->privates.erase(own);
         ++epoch_;
-    } else if (rewrites_->overwritten.erase(&weight) > 0) {
+    } else if (rewrites_->overwritten.erase(&weight) > 0 && !is_away(weight)) {
         convert(weight);
+    }
+}
+
+// ---- of components that leave and come -----------------------------------------------------------------
+
+std::vector<uint8_t> WeightStore::current_bytes(const Weight & weight) const {
+    if (!is_away(weight)) {
+        std::vector<uint8_t> bytes(ggml_nbytes(weight.tensor));
+        ggml_backend_tensor_get(weight.tensor, bytes.data(), 0, bytes.size());
+        return bytes;
+    }
+    const bool written = rewrites_ && rewrites_->away.count(&weight) > 0;
+    return written ? rewrites_->away.at(&weight) : loaded_bytes(weight);
+}
+
+void WeightStore::keep_rewrites(size_t component) {
+    if (!rewrites_) {
+        return;
+    }
+    const auto keep = [&](const Weight & weight) {
+        if (weight.component == component && !is_away(weight)) {
+            rewrites_->away[&weight] = current_bytes(weight);
+        }
+    };
+    for (const Weight * weight : rewrites_->overwritten) {
+        keep(*weight);
+    }
+    for (const auto & [weight, own] : rewrites_->privates) {
+        keep(*weight);
+    }
+    free_privates(component);
+}
+
+void WeightStore::free_privates(size_t component) {
+    if (!rewrites_) {
+        return;
+    }
+    for (auto & [weight, own] : rewrites_->privates) {
+        if (weight->component == component && rewrites_->away.count(weight) > 0) {
+            own.buffer.reset();
+            own.tensor->data = nullptr;
+            own.tensor->extra = nullptr;
+            own.tensor->buffer = nowhere();
+        }
+    }
+}
+
+void WeightStore::return_rewrites(size_t component) {
+    if (!rewrites_) {
+        return;
+    }
+    std::vector<const Weight *> returned;
+    for (const auto & [weight, bytes] : rewrites_->away) {
+        if (weight->component != component) {
+            continue;
+        }
+        const auto own = rewrites_->privates.find(weight);
+        if (own != rewrites_->privates.end()) {
+            own->second.tensor->buffer = nullptr;
+            own->second.buffer.reset(
+                ggml_backend_alloc_ctx_tensors(own->second.ctx.get(), device_->backends()[0]));
+            if (!own->second.buffer) {
+                fail(Status::out_of_memory, "%zu MB for '%s' with its LoRAs could not be had on %s",
+                     bytes.size() >> 20, weight->name.c_str(), device_->name().c_str());
+            }
+            ggml_backend_buffer_set_usage(own->second.buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        }
+        ggml_backend_tensor_set(weight->tensor, bytes.data(), 0, bytes.size());
+        returned.push_back(weight);
+    }
+    for (const Weight * weight : returned) { // only now: where it fails half way, all of them are away again
+        rewrites_->away.erase(weight);
     }
 }
 

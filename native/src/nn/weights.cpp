@@ -49,24 +49,6 @@ Shape squeezed(const Shape & ne) {
     return out;
 }
 
-// The type in which a weight is resident. ggml's operators want vectors (norms, biases) in f32, and its
-// im2col knows convolution kernels in f16 and f32 only.
-ggml_type resident_type(const Weight & weight) {
-    const DType type = weight.stored->type;
-    const bool  vector = weight.ne[1] * weight.ne[2] * weight.ne[3] == 1;
-    const bool  kernel = weight.ne[2] * weight.ne[3] > 1;
-    const bool  mixed = std::any_of(weight.pieces.begin(), weight.pieces.end(),
-                                    [&](const StoredRows & piece) { return piece.tensor->type != type; });
-    const bool  eighth = type == DType::f8_e4m3 || type == DType::f8_e5m2;
-    const bool  half = type == DType::f16 || eighth; // every 8-bit float is exact in f16
-    // Products with f16 round what they multiply to f16 first, which ends at 65504.
-    if (type == DType::f64 || vector || mixed || (weight.wide && half) || (kernel && !half)) {
-        return GGML_TYPE_F32;
-    }
-    const bool ragged = weight.ne[0] % dtype_info(static_cast<int32_t>(type))->block != 0; // rows are no whole blocks
-    return half || ragged ? GGML_TYPE_F16 : static_cast<ggml_type>(type);
-}
-
 bool is_weight_type(DType type) {
     switch (type) {
         case DType::i8: case DType::i16: case DType::i32: case DType::i64: case DType::boolean:
@@ -82,14 +64,6 @@ bool is_weight_type(DType type) {
 
 const char * resident_type_name(const Weight & weight) { return ggml_type_name(weight.tensor->type); }
 
-struct WeightStore::Resident {
-    ggml_context_ptr                     tensors;
-    std::vector<ggml_backend_buffer_ptr> buffers;
-};
-
-WeightStore::WeightStore(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
-WeightStore::~WeightStore() = default;
-
 // ---- Scope ---------------------------------------------------------------------------------------------
 
 static std::string join(const std::string & path, const std::string & leaf) {
@@ -97,7 +71,7 @@ static std::string join(const std::string & path, const std::string & leaf) {
 }
 
 Scope Scope::at(const std::string & name, const std::string & diffusers) const {
-    Scope out{store_, join(name_, name), join(diffusers_, diffusers)};
+    Scope out{store_, component_, join(name_, name), join(diffusers_, diffusers)};
     out.wide_ = wide_;
     return out;
 }
@@ -110,6 +84,7 @@ Scope Scope::wide() const {
 
 Weight Scope::weight(const char * leaf, const Shape & ne) const {
     Weight out{join(name_, leaf), join(diffusers_, leaf), ne};
+    out.component = component_;
     out.wide = wide_;
     return out;
 }
@@ -151,6 +126,7 @@ const Weight * Scope::fused(const char * leaf, const Shape & ne, std::vector<Wei
 
 const Weight * Scope::turned(const Shape & ne) const {
     Weight out{name_, join(diffusers_, "weight"), ne};
+    out.component = component_;
     out.wide = wide_;
     const StoredTensor * stored = store_->checkpoint().find(name_);
     out.transposed = stored != nullptr;
@@ -158,6 +134,11 @@ const Weight * Scope::turned(const Shape & ne) const {
 }
 
 // ---- WeightStore ---------------------------------------------------------------------------------------
+
+Scope WeightStore::root(const std::string & name, const std::string & diffusers) {
+    components_.push_back({name});
+    return {this, components_.size() - 1, name, diffusers};
+}
 
 // Whether the tensor can be the weight, or a part of this shape of it.
 bool WeightStore::takes(Weight & weight, const StoredTensor & stored, Shape ne) {
@@ -257,95 +238,6 @@ void WeightStore::check_all_used(const std::vector<std::string> & paths) const {
     }
 }
 
-void WeightStore::load(const Device & device) {
-    const size_t meta = ggml_tensor_overhead() * (weights_.size() + 1);
-    device_ = &device;
-    resident_ = std::make_unique<Resident>();
-    resident_->tensors.reset(ggml_init({meta, nullptr, true}));
-    if (!resident_->tensors) {
-        fail(Status::out_of_memory, "%zu bytes for the table of weights could not be had", meta);
-    }
-
-    // Mapped files whose bytes can serve as they lie become ggml buffers of their own.
-    std::map<const MappedFile *, ggml_backend_buffer_t> mapped;
-    std::vector<Weight *>                               copied;
-    const ggml_backend_buffer_type_t type = ggml_backend_get_default_buffer_type(device.backends()[0]);
-    const size_t                     alignment = ggml_backend_buft_get_alignment(type);
-    const size_t                     largest = ggml_backend_buft_get_max_size(type);
-    for (Weight & weight : weights_) {
-        const ggml_type kind = resident_type(weight);
-        weight.tensor = ggml_new_tensor_4d(resident_->tensors.get(), kind, weight.ne[0], weight.ne[1],
-                                           weight.ne[2], weight.ne[3]);
-        const bool whole = weight.pieces.empty() && !weight.transposed;
-        const bool as_it_lies = whole && device.reads_host_memory() && kind == static_cast<ggml_type>(weight.stored->type) &&
-                                weight.stored->offset % (kind == GGML_TYPE_F32 ? 4 : 2) == 0;
-        if (!as_it_lies) {
-            copied.push_back(&weight);
-            continue;
-        }
-        const MappedFile * file = weight.stored->file;
-        auto &             buffer = mapped[file];
-        if (!buffer) {
-            buffer = ggml_backend_cpu_buffer_from_ptr(const_cast<uint8_t *>(file->data()), file->size());
-            ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            resident_->buffers.emplace_back(buffer);
-        }
-        ggml_backend_tensor_alloc(buffer, weight.tensor, const_cast<uint8_t *>(weight.stored->data()));
-    }
-
-    // The others are copied or converted into buffers no larger than the device can give at once.
-    for (size_t first = 0; first < copied.size();) {
-        size_t bytes = 0, next = first;
-        for (; next < copied.size(); ++next) {
-            const size_t size = ggml_backend_buft_get_alloc_size(type, copied[next]->tensor);
-            const size_t padded = (size + alignment - 1) / alignment * alignment;
-            if (next > first && bytes + padded > largest) {
-                break;
-            }
-            bytes += padded;
-        }
-        ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(type, bytes);
-        if (!buffer) {
-            fail(Status::out_of_memory, "%s: %zu MB for weights could not be had on %s; try a quantised model",
-                 checkpoint_.path().c_str(), bytes >> 20, device.name().c_str());
-        }
-        resident_->buffers.emplace_back(buffer);
-        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-        auto * at = static_cast<uint8_t *>(ggml_backend_buffer_get_base(buffer));
-        for (; first < next; ++first) {
-            const size_t size = ggml_backend_buft_get_alloc_size(type, copied[first]->tensor);
-            ggml_backend_tensor_alloc(buffer, copied[first]->tensor, at);
-            at += (size + alignment - 1) / alignment * alignment;
-            convert(*copied[first]);
-        }
-    }
-}
-
-void WeightStore::convert(const Weight & weight) const {
-    ggml_tensor *            tensor = weight.tensor;
-    const std::vector<Piece> from = pieces(weight);
-    const bool               as_stored = std::all_of(from.begin(), from.end(), [&](const Piece & piece) {
-        return tensor->type == static_cast<ggml_type>(piece.type);
-    });
-    if (as_stored && !weight.transposed) {
-        size_t at = 0;
-        for (const Piece & piece : from) {
-            ggml_backend_tensor_set(tensor, piece.data, at, piece.bytes());
-            at += piece.bytes();
-        }
-        return;
-    }
-    std::vector<float> floats(static_cast<size_t>(count(weight.ne)));
-    read_base(weight, 0, count(weight.ne), floats.data());
-    if (tensor->type == GGML_TYPE_F32) {
-        ggml_backend_tensor_set(tensor, floats.data(), 0, ggml_nbytes(tensor));
-        return;
-    }
-    std::vector<uint8_t> bytes(ggml_nbytes(tensor));
-    from_f32(static_cast<DType>(tensor->type), floats.data(), bytes.data(), floats.size());
-    ggml_backend_tensor_set(tensor, bytes.data(), 0, bytes.size());
-}
-
 size_t WeightStore::resident_bytes() const {
     size_t bytes = 0;
     for (const Weight & weight : weights_) {
@@ -368,11 +260,10 @@ std::string WeightStore::fingerprint() const {
         sum.add(&type, sizeof type);
         sum.add(weight->ne.data(), sizeof weight->ne);
         const size_t bytes = ggml_nbytes(weight->tensor);
-        if (ggml_backend_buffer_is_host(weight->tensor->buffer)) {
+        if (weight->tensor->data && ggml_backend_buffer_is_host(weight->tensor->buffer)) {
             sum.add(weight->tensor->data, bytes);
         } else {
-            copy.resize(bytes);
-            ggml_backend_tensor_get(weight->tensor, copy.data(), 0, bytes);
+            copy = current_bytes(*weight);
             sum.add(copy.data(), bytes);
         }
     }

@@ -4,7 +4,9 @@
 #pragma once
 
 #include "checkpoint/checkpoint.h"
+#include "core/log.h"
 #include "core/tensor.h"
+#include "nn/residency.h"
 
 #include <cstdint>
 #include <deque>
@@ -12,6 +14,7 @@
 #include <string>
 #include <vector>
 
+struct ggml_backend_buffer;
 struct ggml_context;
 struct ggml_tensor;
 
@@ -38,7 +41,10 @@ struct Weight {
     std::string         diffusers; // "unet.down_blocks.0.resnets.0.conv1.weight"
     Shape               ne;        // as declared, ggml's order
     const StoredTensor * stored = nullptr; // null: optional and absent; the first of `pieces`
-    ggml_tensor *       tensor = nullptr;  // resident, after WeightStore::load
+    ggml_tensor *       tensor = nullptr;  // after WeightStore::load; without data while its component is away
+    ggml_tensor *       loaded = nullptr;  // the same, but where adapters have changed it: what it was
+    size_t              component = 0;     // of the store
+    bool                copied = false;    // to the device's memory; else it is used where it lies in the file
     std::vector<WeightPart> parts = {};    // where it is fused; `diffusers` is empty then
     bool                table = false;     // of embeddings: its rows are looked up, not multiplied
     bool                wide = false;      // its products go beyond f16, which it is not kept in then
@@ -54,8 +60,8 @@ class WeightStore;
 // A place in a network, spelled in every naming convention at once.
 class Scope {
   public:
-    Scope(WeightStore * store, std::string name, std::string diffusers)
-        : store_(store), name_(std::move(name)), diffusers_(std::move(diffusers)) {}
+    Scope(WeightStore * store, size_t component, std::string name, std::string diffusers)
+        : store_(store), component_(component), name_(std::move(name)), diffusers_(std::move(diffusers)) {}
 
     Scope at(const std::string & name) const { return at(name, name); }
     Scope at(const std::string & name, const std::string & diffusers) const;
@@ -86,6 +92,7 @@ class Scope {
     Weight        weight(const char * leaf, const Shape & ne) const;
 
     WeightStore * store_;
+    size_t        component_;
     std::string   name_, diffusers_;
     bool          wide_ = false;
 };
@@ -99,7 +106,8 @@ class WeightStore {
 
     const Checkpoint & checkpoint() const { return checkpoint_; }
 
-    Scope root(const std::string & name, const std::string & diffusers) { return {this, name, diffusers}; }
+    // The place of a network, whose weights are a component.
+    Scope root(const std::string & name, const std::string & diffusers);
 
     // Throws one Error that tells of every missing and misshapen weight.
     void check() const;
@@ -108,9 +116,28 @@ class WeightStore {
     // another architecture then, and would paint something else.
     void check_all_used(const std::vector<std::string> & paths) const;
 
-    // Makes all declared weights resident on the device: where it reads host memory and the type needs no
-    // conversion, the mapping of the file is the resident form.
-    void load(const Device & device);
+    // ---- being in memory, see weight_residency.cpp. Where the device reads host memory and the type needs no conversion,
+    // the mapping of the file is the resident form; all else is copied to the device when a network has need of it.
+
+    // Decides the resident form of all declared weights, and brings none in. No more than `limit` bytes shall be taken by
+    // weights and activations at a time; 0: what the device has.
+    void load(const Device & device, size_t limit = 0, const Log & log = {});
+
+    const std::vector<Component> & components() const { return components_; }
+
+    // Brings these in, with room for so many bytes of activations; others leave where it takes that. `what` needs them, in
+    // messages. Throws Error(out_of_memory / cancelled).
+    void need(const ComponentSet & wanted, size_t activations, const std::string & what);
+
+    // Lets components leave where `bytes` more have no room on the device.
+    void make_room(size_t bytes) { make_room({}, bytes); }
+
+    // Bytes that more components and activations may take.
+    size_t room() const;
+
+    // Of a weight as it was loaded; and whether that is the mapped file itself.
+    size_t bytes(const Weight & weight) const;
+    bool   lies_in_file(const Weight & weight) const { return !weight.copied; }
 
     const std::deque<Weight> & weights() const { return weights_; }
     size_t                     resident_bytes() const;
@@ -145,7 +172,23 @@ class WeightStore {
     friend class Scope;
     const Weight * declare(const Weight & weight, const StoredTensor * stored, bool required);
     bool           takes(Weight & weight, const StoredTensor & stored, Shape ne);
-    void           convert(const Weight & weight) const;
+
+    std::vector<uint8_t> loaded_bytes(const Weight & weight) const;  // what load() decided
+    std::vector<uint8_t> current_bytes(const Weight & weight) const; // with what adapters have written
+    void                 convert(const Weight & weight) const;
+    void                 make_room(const ComponentSet & staying, size_t bytes);
+    void                 bring(size_t component, const ComponentSet & staying);
+    void                 fill(size_t component, const ComponentSet & staying);
+    void                 send_away(size_t component);
+    void                 clear(size_t component);
+    void                 forget_pages(const Weight & weight) const;
+
+    // Of a component that leaves, and of one that has come.
+    void keep_rewrites(size_t component);
+    void return_rewrites(size_t component);
+    void free_privates(size_t component);
+
+    ggml_backend_buffer * nowhere() const; // of weights that are away: a buffer without memory
 
     // Where a weight's bytes lie in the files: rows in the order of memory.
     struct Piece {
@@ -163,8 +206,12 @@ class WeightStore {
     std::deque<Weight>       weights_; // never moves an element
     std::vector<std::string> missing_, misshapen_;
 
+    std::vector<Component>   components_;
+
     const Device *           device_ = nullptr; // after load()
-    uint64_t                 epoch_ = 0;
+    size_t                   limit_ = 0;
+    Log                      log_;
+    uint64_t                 epoch_ = 0, runs_ = 0;
 
     struct Resident;
     std::unique_ptr<Resident> resident_;
