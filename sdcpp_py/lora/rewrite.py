@@ -185,7 +185,12 @@ def rewrite(
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     rest = whole = 0.0
-    work = in_parallel(lambda i: _make(inputs, i, plan, model), order, lambda i: _cost(sources, i), plan.threads)
+
+    def make(i: int) -> _Made:
+        with np.errstate(over="ignore"):  # the writer refuses what is no finite number
+            return _make(inputs, i, plan, model)
+
+    work = in_parallel(make, order, lambda i: _cost(sources, i), plan.threads)
     is_folder = plan.format.name == "peft"
     if is_folder and len(networks := sorted({outline.modules[i].component for i in order})) > 1:
         raise BadArgument(
@@ -232,6 +237,7 @@ def canonical(source: LoraSource, i: int) -> str:
 def check_plan(plan: Plan) -> None:
     """Raises BadArgument for numbers out of range."""
     algebra.check_rank(plan.rank, plan.energy)
+    check.whole("seed", plan.seed, 0, (1 << 64) - 1)
     if plan.method not in METHODS:
         raise BadArgument(f"method {plan.method!r} is not known; there are: {', '.join(METHODS)}")
     if not 0 < plan.density <= 1:

@@ -32,8 +32,10 @@ def encode(values: NDArray[np.float32], type: str) -> NDArray[np.generic]:
     """The values as a type of TYPES stores them; bf16 as 16-bit integers.
 
     Raises:
-        BadArgument: One is beyond what f16 holds.
+        BadArgument: One is no finite number, or beyond what f16 holds.
     """
+    if not np.isfinite(values).all():
+        raise BadArgument("a value would be no finite number; is a ratio too large?")
     if type == "bf16":
         return _to_bf16(values)
     if type == "f16":
@@ -75,7 +77,10 @@ class SafetensorsWriter:
         """
         if name in self._header:
             raise BadArgument(f"{name}: would be written twice")
-        raw = encode(values, type)
+        try:
+            raw = encode(values, type)
+        except BadArgument as error:
+            raise BadArgument(f"{name}: {error}") from error
         self._data.write(raw.tobytes())
         self._header[name] = {
             "dtype": _NAMES[type],
@@ -109,8 +114,11 @@ def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[Safete
         metadata: Read at the end, so that it may tell what was written.
 
     Raises:
+        BadArgument: It has another ending.
         Io: It cannot be written; nothing of it is left then.
     """
+    if path.suffix.lower() != ".safetensors":
+        raise BadArgument(f"{path}: LoRAs are written as .safetensors, not as {path.suffix or 'a folder'!r}")
     check_target(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part") as data:
