@@ -6,7 +6,7 @@ from typing import Any
 from . import check
 from .context import SDContext
 from .errors import BadArgument, Cancelled
-from .files import AnyPath
+from .files import AnyPath, check_target
 from .weights.imatrix import write_imatrix
 
 OnProgress = Callable[[int, int, str], Any]
@@ -45,6 +45,10 @@ def calibrate(
     """
     if not check.texts("prompts", prompts):
         raise BadArgument("prompts: name at least one picture to paint")
+    path = check.path("target", target)
+    if path.suffix.lower() != ".gguf":
+        raise BadArgument(f"{path}: importance matrices are written as .gguf, not as {path.suffix or 'a folder'!r}")
+    check_target(path)
     with SDContext(model, threads=threads) as sd_ctx:
         sd_ctx._native.collect_importance(True)
         for k, prompt in enumerate(prompts):

@@ -242,9 +242,8 @@ class SDContext:
         batch_size = check.whole("batch_size", batch_size, 1)
         with self._lock:
             width, height = _size(width, height, None, self._native.info())
-            cfg_scale = (
-                self._native.defaults()["cfg_scale"] if cfg_scale is None else check.number("cfg_scale", cfg_scale)
-            )
+            usual = self._native.defaults()["cfg_scale"]
+            cfg_scale = usual if cfg_scale is None else check.number("cfg_scale", cfg_scale)
             peak, networks = self._native.estimate_memory(
                 width=width, height=height, batch_size=batch_size, cfg_scale=cfg_scale, vae_tile=vae_tile
             )
@@ -324,11 +323,13 @@ class SDContext:
 
         Gives a function that returns rows of (network, operation, count, seconds, floating-point operations).
         """
-        _native.probe_profile(self._native, True)
+        with self._lock:  # not while another thread paints
+            _native.probe_profile(self._native, True)
         try:
             yield lambda: _native.probe_operations(self._native)
         finally:
-            _native.probe_profile(self._native, False)
+            with self._lock:
+                _native.probe_profile(self._native, False)
 
     def peak_rate(self) -> float | None:
         """Floating-point operations a second that the CPU's kernels make at best, on all threads together: in products

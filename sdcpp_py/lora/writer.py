@@ -3,17 +3,18 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadArgument, Io, from_os_error
+from ..errors import BadArgument, Io, Unsupported, from_os_error
 from ..files import check_target, whole_file
 
 TYPES: Final = ("f32", "f16", "bf16")
@@ -31,8 +32,10 @@ def encode(values: NDArray[np.float32], type: str) -> NDArray[np.generic]:
     """The values as a type of TYPES stores them; bf16 as 16-bit integers.
 
     Raises:
-        BadArgument: One is beyond what f16 holds.
+        BadArgument: One is no finite number, or beyond what f16 holds.
     """
+    if not np.isfinite(values).all():
+        raise BadArgument("a value would be no finite number; is a ratio too large?")
     if type == "bf16":
         return _to_bf16(values)
     if type == "f16":
@@ -58,7 +61,7 @@ class SafetensorsWriter:
 
     def __init__(self, data: "tempfile._TemporaryFileWrapper[bytes]") -> None:
         self._data = data
-        self._header: dict[str, object] = {}
+        self._header: dict[str, dict[str, Any]] = {}
         self._size = 0
 
     @property
@@ -74,7 +77,10 @@ class SafetensorsWriter:
         """
         if name in self._header:
             raise BadArgument(f"{name}: would be written twice")
-        raw = encode(values, type)
+        try:
+            raw = encode(values, type)
+        except BadArgument as error:
+            raise BadArgument(f"{name}: {error}") from error
         self._data.write(raw.tobytes())
         self._header[name] = {
             "dtype": _NAMES[type],
@@ -82,6 +88,15 @@ class SafetensorsWriter:
             "data_offsets": [self._size, self._size + raw.nbytes],
         }
         self._size += raw.nbytes
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module that has factors in PEFT's names."""
+        return {
+            name.removesuffix(end): int(entry["shape"][0])
+            for name, entry in self._header.items()
+            for end in (".lora_A.weight", ".lora_embedding_A")
+            if name.endswith(end)
+        }
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """The file up to its data."""
@@ -99,8 +114,11 @@ def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[Safete
         metadata: Read at the end, so that it may tell what was written.
 
     Raises:
+        BadArgument: It has another ending.
         Io: It cannot be written; nothing of it is left then.
     """
+    if path.suffix.lower() != ".safetensors":
+        raise BadArgument(f"{path}: LoRAs are written as .safetensors, not as {path.suffix or 'a folder'!r}")
     check_target(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part") as data:
@@ -116,3 +134,59 @@ def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[Safete
         if isinstance(error, Io):
             raise
         raise from_os_error(path, error) from error
+
+
+PEFT_PREFIX: Final = "base_model.model."
+
+
+@contextlib.contextmanager
+def peft_folder(path: Path, metadata: Mapping[str, str]) -> Iterator[SafetensorsWriter]:
+    """A folder as PEFT saves adapters: tensors, and a config with the rank of each module. Scales are in lora_B.
+
+    Raises:
+        BadArgument: There is something of that name.
+        Unsupported: A change has no place there.
+        Io: It cannot be written; nothing of it is left then.
+    """
+    if path.exists():
+        raise BadArgument(f"{path}: is there already; PEFT's adapters are folders of their own, so name a new one")
+    if not path.parent.is_dir():
+        raise Io(f"{path}: there is no folder {path.parent}; make it first")
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        beside.mkdir()
+        with safetensors_file(beside / "adapter_model.safetensors", metadata) as writer:
+            yield writer
+        (beside / "adapter_config.json").write_text(json.dumps(_peft_config(writer), indent=2), encoding="utf-8")
+        beside.replace(path)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise from_os_error(path, error) from error
+        raise
+
+
+def _peft_config(writer: SafetensorsWriter) -> dict[str, object]:
+    ranks = {name.removeprefix(PEFT_PREFIX): rank for name, rank in writer.ranks().items()}
+    with_norms = {name for name in writer.names if name.endswith(".lora_magnitude_vector")}
+    if with_norms and len(with_norms) < len(ranks):
+        raise Unsupported(
+            "PEFT has DoRA in all modules of an adapter or in none; give a rank, or write it as diffusers"
+        )
+    if biases := [name for name in writer.names if name.endswith(".bias")]:
+        raise Unsupported(f"{biases[0]}: PEFT's folders have no place for some biases alone; write it as diffusers")
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    # The first pattern that ends a module's name counts, so "proj_out" comes after "blocks.0.proj_out".
+    patterns = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+    patterns = {} if set(ranks.values()) == {usual} else patterns
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": list(ranks),
+        "use_dora": bool(with_norms),
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -145,6 +145,14 @@ def test_one_prompt_is_no_list_of_them(tiny_sd1: Path, tmp_path: Path) -> None:
         calibrate(tiny_sd1, tmp_path / "x.gguf", "a cat")
 
 
+def test_what_cannot_be_written_is_said_before_the_work(tiny_sd1: Path, tmp_path: Path) -> None:
+    painted: list[object] = []
+    for target, error in (("none/x.gguf", Io), ("x.safetensors", BadArgument), ("", BadArgument)):
+        with pytest.raises(error):
+            calibrate(tiny_sd1, tmp_path / target, ["a"], steps=1, on_progress=lambda *told: painted.append(told))
+    assert not painted
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -153,6 +161,7 @@ def test_one_prompt_is_no_list_of_them(tiny_sd1: Path, tmp_path: Path) -> None:
         ({"energy": "1"}, "energy '1': must be a finite number"),
         ({"energy": float("nan")}, "energy nan"),
         ({"threads": "1"}, "threads '1': must be a whole number"),
+        ({"method": "dare", "seed": -1}, "seed -1: must be between 0"),
         ({"method": "ties", "density": "x"}, "density 'x': must be a finite number"),
     ],
 )
@@ -168,6 +177,18 @@ def test_loras_of_the_tools(loras: object, tiny_sd1: Path, tmp_path: Path) -> No
         lora.merge(loras, tmp_path / "y.safetensors")
     with pytest.raises(BadArgument, match=r"loras: |ratio"):
         lora.bake(tiny_sd1, loras, tmp_path / "y.safetensors")
+
+
+def test_a_ratio_that_no_file_can_hold(update: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadArgument, match="no finite number; is a ratio too large"):
+        lora.scale(update, tmp_path / "y.safetensors", 3e38)
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_an_ending_that_says_something_else(update: Path, tmp_path: Path) -> None:
+    for name in ("y.gguf", "y"):
+        with pytest.raises(BadArgument, match=r"written as \.safetensors"):
+            lora.merge([update], tmp_path / name)
 
 
 def test_a_path_alone_is_a_lora_at_1(update: Path, tmp_path: Path) -> None:

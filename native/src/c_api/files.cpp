@@ -76,7 +76,7 @@ sd_status sd_list_weights(const sd_open_params * params, const char ** family, s
         need(params->model, "params.model");
         sd::WeightStore weights(sd::Checkpoint::open(params->model, to_components(params->components, params->n_components)));
         const sd::Family & known = sd::recognise(weights.checkpoint());
-        const auto         pipeline = known.open(weights, {or_empty(params->data_dir), or_empty(params->prediction)});
+        const auto         pipeline = known.open(weights, {or_empty(params->data_dir), or_empty(params->prediction), std::nullopt});
         if (family) {
             *family = known.name;
         }
