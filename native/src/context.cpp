@@ -502,9 +502,10 @@ MemoryEstimate Context::estimate(Request r) {
     r.on_step = {};
     std::vector<NetworkCost> costs;
     std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
-    auto                     encoded = std::exchange(encoded_, {}); // text is to be encoded, and the next picture is not to
-    auto                     latent = std::exchange(last_latent_, {}); // know of it
-    const auto               back = [&] {
+    // Text has to be encoded once more for it, and what was painted before stays what it is.
+    auto       encoded = std::exchange(encoded_, {});
+    auto       latent = std::exchange(last_latent_, {});
+    const auto back = [&] {
         runner_.set_measuring(nullptr);
         encoded_ = std::move(encoded);
         last_latent_ = std::move(latent);
