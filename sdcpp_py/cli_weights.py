@@ -14,6 +14,7 @@ from .errors import BadArgument, BadFile, from_os_error
 from .quality import compare
 from .weights import TYPES
 from .weights.conversion import convert as convert_weights
+from .weights.families import PARTS
 from .weights.info import LONGEST_VALUE, Holdings, describe
 from .weights.writing import Plan
 
@@ -49,7 +50,9 @@ def convert(
     vae: Annotated[Path | None, typer.Option(help="Put this autoencoder into the file.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Put this text encoder into the file.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="Put this second text encoder of SDXL into the file.")] = None,
-    only: Annotated[str | None, typer.Option(help="Write one part alone: denoiser, vae, clip_l, clip_g or t5.")] = None,
+    clip_h: Annotated[Path | None, typer.Option(help="Put this text encoder of SD 2 into the file.")] = None,
+    t5xxl: Annotated[Path | None, typer.Option(help="Put this T5 of SD 3 or FLUX into the file.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Write one part alone: {', '.join(PARTS)}.")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Leave these tensors out; may be repeated.")
     ] = None,
@@ -65,7 +68,7 @@ def convert(
 ) -> None:
     """Convert a model to another file format or type of weights."""
     set_up_log(verbose=False)
-    parts = (("vae", vae), ("clip_l", clip_l), ("clip_g", clip_g))
+    parts = (("vae", vae), ("clip_l", clip_l), ("clip_g", clip_g), ("clip_h", clip_h), ("t5xxl", t5xxl))
     with one_sentence(), work_bar(quiet or dry_run) as on_progress:
         plan = convert_weights(
             source,

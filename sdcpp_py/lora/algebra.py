@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -14,6 +14,10 @@ from ..errors import BadArgument
 from .source import Change, Floats
 
 _EXACT_SIDE: Final = 1024  # up to this smaller side a whole SVD costs nothing
+_TRIES: Final = (64, 256)  # ranks that may hold the energy that is asked for
+_PATIENCE: Final = 3  # iterations until it is seen whether they do
+_GRAM_ZERO: Final = 1e-8  # the root of what float64 resolves in a square
+_PIECE: Final = 1 << 20  # elements that are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,23 @@ class Pair:
         """Columns of up."""
         return int(self.down.shape[0])
 
-    def dense(self) -> Floats:
-        """(rows, columns)"""
-        up: Floats = self.up * np.float32(self.weight)
+    def dense(self, first: int = 0, last: int | None = None) -> Floats:
+        """Rows first to last - 1 of those that it changes, all by default: (rows, columns)."""
+        weight = np.float32(self.weight)
+        if _is_identity(self.up) or _is_identity(self.down):
+            other = self.down if _is_identity(self.up) else self.up
+            return other[first:last] if weight == 1 else np.multiply(other[first:last], weight)
+        up: Floats = self.up[first:last] * weight
         return up @ self.down
 
     def folded(self) -> "Pair":
         """The same with the weight in up."""
         return self if self.weight == 1 else replace(self, up=self.up * np.float32(self.weight), weight=1.0)
+
+
+def _is_identity(matrix: Floats) -> bool:
+    n = len(matrix)
+    return matrix.shape == (n, n) and np.count_nonzero(matrix) == n and bool((np.diagonal(matrix) == 1).all())
 
 
 # ---- kinds ---------------------------------------------------------------------------------------------
@@ -172,7 +185,7 @@ def total(pairs: Iterable[Pair]) -> Pair | None:
 def norm(pair: Pair) -> float:
     """The Frobenius norm of the product, by QR of both factors (float64), which loses nothing to cancellation."""
     if min(pair.up.shape[0], pair.down.shape[1]) <= pair.rank:
-        return float(np.linalg.norm(pair.dense().astype(np.float64)))
+        return math.sqrt(sum(_squares(pair.dense(*run)) for run in _runs(pair.up.shape[0], pair.down.shape[1])))
     _, r_up = np.linalg.qr(pair.up.astype(np.float64))
     _, r_down = np.linalg.qr(pair.down.astype(np.float64).T)
     return abs(pair.weight) * float(np.linalg.norm(r_up @ r_down.T))
@@ -196,12 +209,13 @@ class Reduced:
     norm: float
 
 
-def cut(values: NDArray[np.float64], rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: at most `rank`, and no more than hold this share of the sum of squares."""
+def cut(values: NDArray[np.float64], rank: int | None, energy: float | None, whole: float) -> int:
+    """How many singular values to keep: at most `rank`, and no more than hold this share of `whole`, the sum of the
+    squares of all that there are."""
     keep = len(values)
     if energy is not None:
         squares = np.cumsum(values**2)
-        keep = int(np.searchsorted(squares, energy * squares[-1] * (1 - 1e-12))) + 1 if squares[-1] > 0 else 1
+        keep = int(np.searchsorted(squares, energy * whole * (1 - 1e-12))) + 1 if whole > 0 else 1
     if rank is not None:
         keep = min(keep, rank)
     return max(1, min(keep, len(values)))
@@ -224,28 +238,65 @@ def reduce_pair(pair: Pair, rank: int | None, energy: float | None = None) -> Re
 
 
 def reduce_dense(delta: Floats, rank: int | None, energy: float | None = None, first: int = 0) -> Reduced:
-    """The nearest pair of a rank to a dense change (rows, columns).
+    """The nearest pair of a rank to a dense change (rows, columns), without another matrix of its size.
 
-    Where a small rank of a large matrix is asked for, by subspace iteration (Halko, Martinsson, Tropp 2011,
-    algorithm 4.4) until the values stand still; else by LAPACK's SVD.
+    A small matrix goes through LAPACK's SVD. Of a large one, the leading values come by subspace iteration where they
+    are few; where they are many, by the eigenvectors of its product with itself in float64, which loses values below
+    1e-8 of the largest, as float32 does.
     """
     side = min(delta.shape)
-    norm = float(np.linalg.norm(delta.astype(np.float64)))
-    if rank is None or energy is not None or side <= _EXACT_SIDE or 4 * rank > side:
+    norm = math.sqrt(sum(_squares(delta[slice(*run)]) for run in _runs(*delta.shape)))
+    if side <= _EXACT_SIDE:
         u, s, vt = np.linalg.svd(delta, full_matrices=False)
         return _reduced(u, s.astype(np.float64), vt, rank, energy, norm, first)
-    width = min(side, rank + max(16, rank // 2))
+    tries = _TRIES if energy is not None else () if rank is None else (rank,)
+    for most in sorted({min(most, rank or side) for most in tries if 4 * min(most, rank or side) <= side}):
+        enough = 0.0 if energy is None or most == rank else energy * norm**2
+        found = _leading(delta, most, enough)
+        if found is not None:
+            return _reduced(*found, rank, energy, norm, first)
+    return _reduced(*_by_gram(delta, rank, energy, norm), rank, energy, norm, first)
+
+
+def _leading(
+    delta: Floats, most: int, enough: float
+) -> tuple[NDArray[np.floating], NDArray[np.float64], NDArray[np.floating]] | None:
+    """u, s and vt of the largest values by subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4), until
+    they stand still; None as soon as the sum of their squares does not look like becoming `enough`."""
+    width = min(*delta.shape, most + max(16, most // 2))
     basis = np.linalg.qr(delta @ np.random.default_rng(0).standard_normal((delta.shape[1], width), np.float32))[0]
-    before = np.zeros(rank)
-    for _ in range(32):
+    before = np.zeros(most)
+    for n in range(32):
         across = np.linalg.qr(delta.T @ basis)[0]
         basis, small = np.linalg.qr(delta @ across)
-        values = np.linalg.svd(small, compute_uv=False)[:rank].astype(np.float64)
+        values = np.linalg.svd(small, compute_uv=False)[:most].astype(np.float64)
+        if n >= _PATIENCE and float(np.sum(values**2)) < enough:
+            return None
         if np.abs(values - before).max() <= 1e-5 * max(values[0], 1e-30):
             break
         before = values
     u, s, vt = np.linalg.svd(basis.T @ delta, full_matrices=False)
-    return _reduced(basis @ u, s.astype(np.float64), vt, rank, None, norm, first)
+    if float(np.sum(s[:most].astype(np.float64) ** 2)) < enough:
+        return None
+    return basis @ u, s.astype(np.float64), vt
+
+
+def _by_gram(
+    delta: Floats, rank: int | None, energy: float | None, norm: float
+) -> tuple[Floats, NDArray[np.float64], Floats]:
+    """u, s and vt of an SVD: all values, and as many vectors as are to be kept."""
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    for first, last in _runs(*tall.shape):
+        wide = tall[first:last].astype(np.float64)
+        gram += wide.T @ wide
+    squares, vectors = np.linalg.eigh(gram)
+    s = np.sqrt(np.maximum(squares[::-1], 0))
+    s = s[: max(1, int(np.count_nonzero(s > _GRAM_ZERO * s[0])))]
+    keep = cut(s, rank, energy, norm**2)
+    across = np.ascontiguousarray(vectors[:, : -keep - 1 : -1], np.float32)
+    along = (tall @ across) / np.maximum(s[:keep], np.finfo(np.float32).tiny).astype(np.float32)
+    return (along, s, across.T) if tall is delta else (across, s, along.T)
 
 
 def _reduced(
@@ -257,7 +308,7 @@ def _reduced(
     norm: float,
     first: int,
 ) -> Reduced:
-    keep = cut(s, rank, energy)
+    keep = cut(s, rank, energy, norm**2)
     root = np.sqrt(s[:keep])
     up = (u[:, :keep] * root).astype(np.float32)
     down = (root[:, None] * vt[:keep]).astype(np.float32)
@@ -269,31 +320,64 @@ def _reduced(
 # ---- other ways to merge ---------------------------------------------------------------------------------
 
 
-def dare(delta: Floats, density: float, rng: np.random.Generator) -> Floats:
-    """Elements drop out at random and the rest grows to make up for it (DARE, arXiv 2311.03099)."""
-    kept = rng.random(delta.shape, np.float32) < density
-    out: Floats = delta * kept / np.float32(density)
+def agreed(pairs: Sequence[Pair], method: str, density: float, rng: np.random.Generator) -> Floats:
+    """Weighted changes of the same rows merged otherwise than by their sum: (rows, columns), made some rows at a time.
+
+    Args:
+        pairs: One from each file.
+        method: "dare" (arXiv 2311.03099): elements drop out at random and the rest grows to make up for it; "ties"
+            (arXiv 2306.01708, sections 3 and 4): the largest elements of each, averaged over those that agree with the
+            sign of their sum; "dare-ties": what dare leaves, averaged so.
+        density: The share of elements that stay.
+        rng: Of what drops out.
+    """
+    rows, columns = pairs[0].up.shape[0], pairs[0].down.shape[1]
+    least = [_least(pair, int(density * rows * columns)) if method == "ties" else np.float32(0) for pair in pairs]
+    out: Floats = np.empty((rows, columns), np.float32)
+    for first, last in _runs(rows, columns):
+        deltas = [pair.dense(first, last) for pair in pairs]
+        if method == "ties":
+            deltas = [np.where(np.abs(delta) >= low, delta, 0) for delta, low in zip(deltas, least, strict=True)]
+        else:
+            deltas = [delta * (rng.random(delta.shape, np.float32) < density) / np.float32(density) for delta in deltas]
+        out[first:last] = _elected(deltas) if method.endswith("ties") else np.sum(deltas, axis=0)
     return out
 
 
-def trim(delta: Floats, density: float) -> Floats:
-    """Only the largest elements by magnitude stay, this share of them."""
-    keep = int(density * delta.size)
-    if keep >= delta.size:
-        return delta
-    out = np.zeros_like(delta)
-    if keep > 0:
-        at = np.argpartition(np.abs(delta), delta.size - keep, axis=None)[delta.size - keep :]
-        out.flat[at] = delta.flat[at]
+def _elected(deltas: Sequence[Floats]) -> Floats:
+    """The mean of those elements that have the sign of the sum."""
+    trimmed = np.stack(deltas)
+    sign = np.sign(trimmed.sum(axis=0))
+    agrees = (np.sign(trimmed) == sign) & (trimmed != 0)
+    out: Floats = (trimmed * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1).astype(np.float32)
     return out
 
 
-def ties(deltas: Sequence[Floats], density: float) -> Floats:
-    """Trimmed changes, already weighted, of which each element averages those that agree with the sign of the sum
-    (TIES, arXiv 2306.01708, sections 3 and 4)."""
-    trimmed = np.stack([trim(delta, density) for delta in deltas])
-    elected = np.sign(trimmed.sum(axis=0))
-    agrees = (np.sign(trimmed) == elected) & (trimmed != 0)
-    counts = np.maximum(agrees.sum(axis=0), 1)
-    out: Floats = ((trimmed * agrees).sum(axis=0) / counts).astype(np.float32)
-    return out
+def _least(pair: Pair, keep: int) -> np.float32:
+    """The smallest magnitude among so many largest elements, counted by the upper and then the lower halves of their
+    bits, which lie in the order of the numbers."""
+    rows, columns = pair.up.shape[0], pair.down.shape[1]
+    if keep < 1:
+        return np.float32(np.inf)
+    upper, missing = 0, keep
+    for is_lower in (False, True):
+        counts = np.zeros(1 << 16, np.int64)
+        for run in _runs(rows, columns):
+            bits = np.abs(pair.dense(*run)).view(np.uint32).reshape(-1)
+            halves = bits[bits >> 16 == upper] & 0xFFFF if is_lower else bits >> 16
+            counts += np.bincount(halves, minlength=1 << 16)
+        above = np.cumsum(counts[::-1])
+        at = int(np.searchsorted(above, missing))
+        if not is_lower:
+            upper, missing = 0xFFFF - at, missing - int(above[at - 1] if at else 0)
+    return np.float32(np.array(upper << 16 | 0xFFFF - at, np.uint32).view(np.float32))
+
+
+def _squares(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def _runs(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Rows of a matrix some at a time."""
+    step = max(1, _PIECE // columns)
+    return ((first, min(first + step, rows)) for first in range(0, rows, step))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +14,12 @@ from ..errors import BadArgument, Unsupported
 from ..files import AnyPath, is_same
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
-from ..weights.names import single_file_names
+from ..weights.names import single_file_names, with_one_autoencoder
 from . import algebra
 from .library import LoraLibrary
 from .model import Model, Slice
 from .rewrite import Input, base_of, is_matrix
-from .source import Floats
+from .source import Change, Floats
 from .tools import AnyLora, open_together, read_loras
 
 OnProgress = Callable[[int, int, str], Any]
@@ -89,7 +89,7 @@ def bake(
         source = single_file_names(source, {})
     names = ", ".join(f"{one.source.name}:te={one.te:g}:unet={one.unet:g}" for one in inputs)
     planned = plan(
-        source.tensors,
+        with_one_autoencoder(source.tensors, source.family),
         target,
         type=type,
         tensor_types=tensor_types,
@@ -132,63 +132,80 @@ def _missing(model: Model, inputs: Iterable[Input]) -> list[str]:
     return notes
 
 
+@dataclass(frozen=True)
+class _Term:
+    """What one LoRA adds to some rows of a parameter.
+
+    Attributes:
+        first: The first of the rows.
+        rows: How many.
+        read: Gives some of them: (rows, columns).
+    """
+
+    first: int
+    rows: int
+    read: Callable[[int, int], Floats]
+
+
 class _Sums:
-    """What all LoRAs together add to a parameter; the last one asked for is kept, as its parts come one by one."""
+    """What all LoRAs together add to parameters, some rows at a time; factors of the last one asked for are kept."""
 
     def __init__(self, model: Model, inputs: Sequence[Input]) -> None:
         self._model, self._inputs = model, inputs
-        self.of = lru_cache(maxsize=1)(self._of)
+        self._terms = lru_cache(maxsize=1)(self._read)
 
-    def units(self, i: int) -> int:
-        """Units of rows of a module."""
-        return self._model.outline.modules[i].units
+    def add(self, i: int, leaf: str, first: int, rows: Floats) -> None:
+        """Adds to the rows of a parameter from `first` on, (rows, columns), in the original order of rows."""
+        for term in self._terms(i, leaf):
+            begin, end = max(first, term.first), min(first + len(rows), term.first + term.rows)
+            if begin < end:
+                rows[begin - first : end - first] += term.read(begin - term.first, end - term.first)
 
-    def _of(self, i: int, leaf: str) -> Floats | None:
-        """(rows, columns) in the original order of rows, or None."""
-        size, total = self._model.sizes[i], None
-        for one in self._inputs:
-            weight = one.weight(self._model.outline.modules[i])
-            if i not in one.source.sizes or not weight:
-                continue
-            for change in one.source.changes(i):
-                if change.leaf != leaf:
-                    continue
-                if total is None:
-                    total = np.zeros((size.rows, size.columns if is_matrix(change) else 1), np.float32)
-                base = base_of(change, i, self._model)
-                pair = algebra.exact_pair(change, base) if change.kind == "lora" and base is None else None
-                delta = (change.dense(base) if pair is None else pair.dense()).reshape(change.rows, -1)
-                total[change.first : change.first + change.rows] += np.float32(weight) * delta
-        return total
+    def _read(self, i: int, leaf: str) -> list[_Term]:
+        module = self._model.outline.modules[i]
+        present = [(weight, one) for one in self._inputs if i in one.source.sizes and (weight := one.weight(module))]
+        return [
+            _term(change, np.float32(weight), base_of(change, i, self._model))
+            for weight, one in present
+            for change in one.source.changes(i)
+            if change.leaf == leaf
+        ]
+
+
+def _term(change: Change, weight: np.float32, base: Floats | None) -> _Term:
+    """Factors are multiplied when rows are asked for; what has no low rank is made whole."""
+    if change.kind == "lora" and base is None and is_matrix(change):
+        pair = algebra.exact_pair(change).folded()
+        return _Term(change.first, change.rows, lambda first, last: weight * (pair.up[first:last] @ pair.down))
+    whole = change.dense(base).reshape(change.rows, -1)
+    return _Term(change.first, change.rows, lambda first, last: weight * whole[first:last])
 
 
 def _adding(sums: _Sums, tensor: Tensor, slices: Sequence[Slice]) -> Callable[[int, Floats], Floats]:
-    @lru_cache(maxsize=1)
-    def delta() -> Floats | None:
-        out: Floats | None = None
-        height = tensor.shape[0]
+    width = math.prod(tensor.shape[1:])
+
+    def added(top: int, bottom: int) -> Floats:
+        """To rows top to bottom - 1 of the tensor as a matrix, (height, width)."""
+        out = np.zeros((bottom - top, width), np.float32)
         for one in slices:
-            whole = sums.of(one.module, one.leaf)
-            if whole is None:
+            rows, columns = one.shape(tensor).rows, one.shape(tensor).columns
+            begin = one.part[0] * rows
+            if one.turned:
+                whole = np.zeros((rows, columns), np.float32)
+                sums.add(one.module, one.leaf, 0, whole)
+                out += whole.T[top:bottom]
                 continue
-            at, of = one.part
-            unit = whole.shape[0] // sums.units(one.module)
-            rows = whole[one.first * unit : (one.first + one.units) * unit]
-            if one.swaps:
-                rows = algebra.swap_halves(rows)
-            if out is None:
-                out = np.zeros((height, math.prod(tensor.shape[1:])), np.float32)
-            part = height // of
-            out[at * part : (at + 1) * part] = rows
+            at, end = max(top, begin), min(bottom, begin + rows)
+            for first, last in one.runs(at - begin, end - begin, rows) if at < end else ():
+                sums.add(one.module, one.leaf, one.first * rows // one.units + first, out[at - top :][: last - first])
+                at += last - first
         return out
 
     def change(first: int, rows: Floats) -> Floats:
-        added = delta()
-        if added is not None:
-            lines = added.reshape(-1, tensor.row_length)
-            rows = rows + lines[first : first + len(rows)]
-        if first + len(rows) >= tensor.rows:
-            delta.cache_clear()
+        begin, end = first * tensor.row_length, (first + len(rows)) * tensor.row_length  # as elements
+        top = begin // width
+        flat = added(top, -(-end // width)).reshape(-1)
+        rows += flat[begin - top * width : end - top * width].reshape(rows.shape)
         return rows
 
     return change

@@ -1,6 +1,7 @@
 """A LoRA out of the difference between two models."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..weights.writing import PIECE
 from . import algebra, spelling
 from .model import Model
 from .outline import NORM, TABLE, Module
@@ -91,6 +93,8 @@ def extract(
     ours, theirs = Model(tuned), Model(base)
     shared = _shared(ours, theirs)
     format = spelling.format_of(to or ("kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"), ours.family)
+    if format.name == "peft":
+        raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
     out = Extracted(str(output), ours.family, format.name)
     ranks: Counter[int] = Counter()
     rest = whole = 0.0
@@ -148,26 +152,44 @@ def _make(tuned: Model, base: Model, i: int, format: Format, rank: int | None, e
     for leaf in ("weight", "bias"):
         if (i, leaf) not in tuned.slices or (i, leaf) not in base.slices:
             continue
-        delta = tuned.weight(i, leaf) - base.weight(i, leaf)
-        if not delta.any():
-            continue
-        if not np.isfinite(delta).all():
-            raise BadArgument(f"{tuned.path}: {module.name}.{leaf} differs by what is no number")
         is_vector = leaf == "bias" or module.form == NORM
+        unit_rows = tuned.sizes[i].rows // module.units
         if module.form == TABLE or (is_vector and format.peft):
-            made.left_out.append(f"{module.component}.{module.name}.{leaf}")
+            pieces = _differences(tuned, base, i, leaf, 0, tuned.sizes[i].rows)
+            if any(piece.any() for _, piece in pieces):
+                made.left_out.append(f"{module.component}.{module.name}.{leaf}")
             continue
-        unit_rows = delta.shape[0] // module.units
         for unit in format.units(tuned.outline, module):
-            first, rows = unit.first * unit_rows, unit.units * unit_rows
-            part = delta[first : first + rows]
-            if part.any():
+            delta = _difference(tuned, base, i, leaf, unit.first * unit_rows, unit.units * unit_rows)
+            if delta is not None:
                 made.stems.add(unit.stem)
                 if is_vector:
-                    made.tensors |= spelling.dense_tensors(format, unit, module, leaf, part)
+                    made.tensors |= spelling.dense_tensors(format, unit, module, leaf, delta)
                 else:
-                    _add_pair(made, format, unit, module, part, rank, energy)
+                    _add_pair(made, format, unit, module, delta, rank, energy)
     return made
+
+
+def _difference(tuned: Model, base: Model, i: int, leaf: str, first: int, rows: int) -> Floats | None:
+    """What `tuned` has more than `base` in some rows of a parameter: (rows, columns); None where they are equal."""
+    out: Floats | None = None
+    for at, piece in _differences(tuned, base, i, leaf, first, rows):
+        if out is None and piece.any():
+            out = np.zeros((rows, piece.shape[1]), np.float32)
+        if out is not None:
+            out[at - first : at - first + len(piece)] = piece
+    return out
+
+
+def _differences(tuned: Model, base: Model, i: int, leaf: str, first: int, rows: int) -> Iterator[tuple[int, Floats]]:
+    """The same piece by piece, each with its first row."""
+    step = max(1, PIECE // max(1, tuned.sizes[i].columns))
+    for at in range(first, first + rows, step):
+        end = min(at + step, first + rows)
+        piece = tuned.weight(i, leaf, at, end) - base.weight(i, leaf, at, end)
+        if not np.isfinite(piece).all():
+            raise BadArgument(f"{tuned.path}: {tuned.outline.modules[i].name}.{leaf} differs by what is no number")
+        yield at, piece
 
 
 def _add_pair(

@@ -1,5 +1,6 @@
 """A checkpoint's weights by the modules of its family, read one at a time: what LoRAs are taken from and put into."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,9 +12,10 @@ import numpy as np
 
 from .. import check
 from ..errors import BadFile
-from ..weights import open_source
-from .outline import DIFFUSERS, LINEAR, UNet, outline_of
-from .source import Floats, Size
+from ..weights import Tensor, open_source
+from ..weights.names import swapped_runs
+from .outline import DIFFUSERS, LINEAR, Module, UNet, outline_of
+from .source import Floats, Size, swapped_by_size
 
 # Where files keep each component, under original names.
 _HOMES: Final = {
@@ -27,15 +29,24 @@ _HOMES: Final = {
     "t5": ("text_encoders.t5xxl.transformer.",),
 }
 _OPEN_CLIP: Final = {
-    "clip": "cond_stage_model.model.transformer.resblocks.",
-    "clip_2": "conditioner.embedders.1.model.transformer.resblocks.",
+    "clip": "cond_stage_model.model.",
+    "clip_2": "conditioner.embedders.1.model.",
 }
+_OPEN_CLIP_LAYERS: Final = "transformer.resblocks."
 _OPEN_CLIP_NAMES: Final = {
     "attn.out_proj.": "self_attn.out_proj.",
     "mlp.c_fc.": "mlp.fc1.",
     "mlp.c_proj.": "mlp.fc2.",
     "ln_1.": "layer_norm1.",
     "ln_2.": "layer_norm2.",
+}
+# Beside its layers; the projection is a parameter without a layer, with rows for inputs.
+_OPEN_CLIP_OTHERS: Final = {
+    "token_embedding.weight": ("text_model.embeddings.token_embedding", "weight"),
+    "positional_embedding": ("text_model.embeddings.position_embedding", "weight"),
+    "ln_final.weight": ("text_model.final_layer_norm", "weight"),
+    "ln_final.bias": ("text_model.final_layer_norm", "bias"),
+    "text_projection": ("text_projection", "weight"),
 }
 
 
@@ -51,6 +62,7 @@ class Slice:
         units: How many units of rows.
         swaps: Whether it has the halves of these rows the other way round.
         part: Which part of the tensor it is, and of how many; (0, 1) is all of it.
+        turned: Whether the tensor has columns for rows.
     """
 
     tensor: int
@@ -60,6 +72,16 @@ class Slice:
     units: int
     swaps: bool
     part: tuple[int, int] = (0, 1)
+    turned: bool = False
+
+    def shape(self, tensor: Tensor) -> Size:
+        """Of what it holds, as a matrix; vectors have no columns."""
+        rows, *others = tensor.shape[::-1] if self.turned else tensor.shape
+        return Size(rows // self.part[1], math.prod(others) if others else 0)
+
+    def runs(self, first: int, last: int, rows: int) -> list[tuple[int, int]]:
+        """Where rows first to last - 1 of the so many that it holds lie in it, and the other way round."""
+        return swapped_runs(first, last, rows) if self.swaps else [(first, last)]
 
 
 class Model:
@@ -85,43 +107,62 @@ class Model:
         self.tensors = self.source.tensors
         names = [tensor.name for tensor in self.tensors]
         self.outline = outline_of(*_structure(self.path, names, [tensor.shape for tensor in self.tensors]))
-        self.slices: dict[tuple[int, str], list[Slice]] = {}
-        for one in self._slices(names):
-            self.slices.setdefault((one.module, one.leaf), []).append(one)
-        self.sizes = dict(self._sizes())
+        self.slices: dict[tuple[int, str], list[Slice]]
+        self.sizes: dict[int, Size]
+        self._place(names)
+        if late := swapped_by_size(self.outline, self.sizes):
+            self.outline = self.outline.with_swaps(late)
+            self._place(names)
 
     @property
     def family(self) -> str:
         """One of outline.FAMILIES."""
         return self.outline.family
 
-    def weight(self, module: object, leaf: str) -> Floats:
-        """A parameter as a matrix in the original order of rows: (rows, columns), vectors with one column.
+    def weight(self, module: int | Module, leaf: str, first: int = 0, last: int | None = None) -> Floats:
+        """Rows first to last - 1 of a parameter, all by default, in the original order: (rows, columns); vectors have
+        one column.
 
         Raises:
             BadFile: The model has no such weight, or not all of its parts.
         """
-        i = module if isinstance(module, int) else self.outline.place[module.component, module.name]  # type: ignore[attr-defined]
+        i = module if isinstance(module, int) else self.outline.place[module.component, module.name]
         found = sorted(self.slices.get((i, leaf), ()), key=lambda one: one.first)
         ours = self.outline.modules[i]
         if sum(one.units for one in found) != ours.units:
             raise BadFile(f"{self.path}: has no {ours.name}.{leaf}, or not all of it")
-        parts = [self._rows(one) for one in found]
+        parts: list[Floats] = []
+        start = 0
+        for one in found:
+            rows = one.shape(self.tensors[one.tensor]).rows
+            begin, end = max(first - start, 0), rows if last is None else min(last - start, rows)
+            if begin < end:
+                parts += [self._rows(one, *run) for run in one.runs(begin, end, rows)]
+            start += rows
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _rows(self, one: Slice) -> Floats:
-        values = self.tensors[one.tensor].array()
-        rows = values.reshape(values.shape[0], -1) if values.ndim > 1 else values.reshape(-1, 1)
-        at, of = one.part
-        height = rows.shape[0] // of
-        rows = rows[at * height : (at + 1) * height]
-        return np.roll(rows, rows.shape[0] // 2, axis=0) if one.swaps else rows
+    def _rows(self, one: Slice, first: int, last: int) -> Floats:
+        tensor = self.tensors[one.tensor]
+        begin = one.part[0] * one.shape(tensor).rows
+        if one.turned or len(tensor.shape) < 2:
+            values = tensor.array()
+            return (values.T if one.turned else values.reshape(-1, 1))[begin + first : begin + last]
+        lines = math.prod(tensor.shape[1:-1])
+        return tensor.floats((begin + first) * lines, (begin + last) * lines).reshape(last - first, -1)
 
     # ---- opening ---------------------------------------------------------------------------------------
+
+    def _place(self, names: list[str]) -> None:
+        self.slices = {}
+        for one in self._slices(names):
+            self.slices.setdefault((one.module, one.leaf), []).append(one)
+        self.sizes = dict(self._sizes())
 
     def _slices(self, names: list[str]) -> Iterator[Slice]:
         components = {f"{name}.": component for component, name in DIFFUSERS[self.family].items()}
         for number, name in enumerate(names):
+            if not self.tensors[number].shape or not self.tensors[number].elements:
+                continue
             yield from self._open_clip(number, name)
             path, _, leaf = name.rpartition(".")
             leaf = "weight" if leaf == "scale" else leaf
@@ -143,7 +184,15 @@ class Model:
         for component, home in _OPEN_CLIP.items():
             if not name.startswith(home):
                 continue
-            layer, _, rest = name[len(home) :].partition(".")
+            inner = name[len(home) :]
+            if inner in _OPEN_CLIP_OTHERS:
+                path, leaf = _OPEN_CLIP_OTHERS[inner]
+                i = self.outline.place.get((component, path))
+                if i is not None:
+                    yield Slice(number, i, leaf, 0, 1, False, turned=inner == "text_projection")
+            if not inner.startswith(_OPEN_CLIP_LAYERS):
+                continue
+            layer, _, rest = inner[len(_OPEN_CLIP_LAYERS) :].partition(".")
             path = f"text_model.encoder.layers.{layer}"
             if rest.startswith("attn.in_proj_"):
                 for k, projection in enumerate(("q_proj", "k_proj", "v_proj")):
@@ -160,11 +209,9 @@ class Model:
         for (i, leaf), found in self.slices.items():
             if leaf != "weight":
                 continue
-            shapes = [self.tensors[one.tensor].shape for one in found]
-            rows = sum(shape[0] // one.part[1] for shape, one in zip(shapes, found, strict=True))
-            columns = int(np.prod(shapes[0][1:])) if len(shapes[0]) > 1 else 0
-            units = sum(one.units for one in found)
-            yield i, Size(rows // units * self.outline.modules[i].units, columns)
+            held = [one.shape(self.tensors[one.tensor]) for one in found]
+            rows, units = sum(size.rows for size in held), sum(one.units for one in found)
+            yield i, Size(rows // units * self.outline.modules[i].units, held[0].columns)
 
 
 # ---- families ------------------------------------------------------------------------------------------

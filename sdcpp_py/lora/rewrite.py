@@ -20,7 +20,7 @@ from .model import Model
 from .outline import NORM, Module
 from .source import Change, Floats, LoraSource, described
 from .spelling import Format, Unit
-from .writer import TYPES, narrowest, safetensors_file
+from .writer import TYPES, narrowest, peft_folder, safetensors_file
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 # Called with (modules done, modules in all, the module's name); False stops.
 OnStep = Callable[[int, int, str], Any]
 METHODS: Final = ("sum", "ties", "dare", "dare-ties")
-_IN_FLIGHT: Final = 1 << 30  # bytes of dense changes at a time, or one
+_IN_FLIGHT: Final = 1 << 28  # bytes of dense changes at a time, or one
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,13 @@ def rewrite(
             return _make(inputs, i, plan, model)
 
     work = in_parallel(make, order, lambda i: _cost(sources, i), plan.threads)
-    with safetensors_file(target, told) as writer:
+    is_folder = plan.format.name == "peft"
+    if is_folder and len(networks := sorted({outline.modules[i].component for i in order})) > 1:
+        raise BadArgument(
+            f"{target}: a folder of PEFT is for one network, and these are changes of {', '.join(networks)}; "
+            f"take one after the other with prune --keep '{networks[-1]}.*'"
+        )
+    with (peft_folder if is_folder else safetensors_file)(target, told) as writer:
         for done, (i, made) in enumerate(zip(order, work, strict=True), start=1):
             for name, (values, type) in made.tensors.items():
                 writer.add(name, values, type)
@@ -373,18 +379,12 @@ def _combined(
     if plan.method == "sum":
         return sum_of(here)
     by_input = (sum_of([entry for entry in here if entry[1] == n]) for n in sorted({entry[1] for entry in here}))
-    deltas = [pair.dense() for pair in by_input if pair is not None]
-    if not deltas:
+    pairs = [pair for pair in by_input if pair is not None]
+    if not pairs:
         return None
     module = here[0][2].module
-    if plan.method.startswith("dare"):
-        rng = np.random.default_rng([plan.seed, *f"{module.component}.{module.name}.{first}".encode()])
-        deltas = [algebra.dare(delta, plan.density, rng) for delta in deltas]
-    if plan.method.endswith("ties"):
-        merged = algebra.ties(deltas, 1.0 if plan.method == "dare-ties" else plan.density)
-    else:
-        merged = np.sum(deltas, axis=0)
-    return algebra.of_dense(merged, first)
+    rng = np.random.default_rng([plan.seed, *f"{module.component}.{module.name}.{first}".encode()])
+    return algebra.of_dense(algebra.agreed(pairs, plan.method, plan.density, rng), first)
 
 
 def _vector(sums: list[tuple[float, Change]], i: int, model: Model | None, first: int, rows: int) -> Floats | None:

@@ -38,6 +38,15 @@ class Size:
     columns: int = 0
 
 
+def swapped_by_size(outline: Outline, sizes: Mapping[int, Size]) -> list[int]:
+    """SD 3's last modulation of the text, which has no gates, and in diffusers the scale before the shift."""
+    return [
+        i
+        for i, size in sizes.items()
+        if outline.modules[i].name.endswith("context_block.adaLN_modulation.1") and size.rows == 2 * size.columns
+    ]
+
+
 @dataclass(frozen=True)
 class Change:
     """What a file adds to some rows of one parameter.
@@ -138,13 +147,7 @@ class LoraSource:
         self.outline = outline or outline_of(self.fitting[0], self.names)
         self._resolve()
         self.sizes = self._sizes(sizes or {})
-        late = [
-            i
-            for i, size in self.sizes.items()
-            if self.outline.modules[i].name.endswith("context_block.adaLN_modulation.1")
-            and size.rows == 2 * size.columns
-        ]
-        self.outline = self.outline.with_swaps(late)
+        self.outline = self.outline.with_swaps(swapped_by_size(self.outline, self.sizes))
         used = sorted(self.sizes)
         self._used = [(i, leaf) for i in used for leaf in _leaves(self.outline.modules[i])]
         self.native = _native.LoraFile(

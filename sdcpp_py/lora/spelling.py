@@ -10,6 +10,7 @@ from ..errors import BadArgument, Unsupported
 from .algebra import Pair, swap_halves
 from .outline import DIFFUSERS, NORM, PLACES, TABLE, Module, Outline, Part
 from .source import Change, Floats
+from .writer import PEFT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Format:
         if self.name in _TEXT_NUMBERS and component != "denoiser":
             number = _TEXT_NUMBERS[self.name].get((family, component), _TEXT_NUMBERS["kohya"].get((family, component)))
             return f"lora_te{number}_"
+        if self.name == "peft":
+            return PEFT_PREFIX
         if self.name == "comfy":
             return PLACES[component].removeprefix("model.")
         if self.name == "onetrainer" and DIFFUSERS[family]["denoiser"] == "transformer":
@@ -101,6 +104,7 @@ FORMATS: Final = {
         _KOHYA,
         _DIFFUSERS,
         Format("ai-toolkit", "AI-Toolkit: for SD 3 and FLUX as diffusers, for others as kohya", True, True, True, True),
+        Format("peft", "peft: a folder with a config, of one network", True, True, False, True),
         Format("comfy", "ComfyUI", False, False, True, True),
         Format("onetrainer", "OneTrainer", False, True, True, False),
     )

@@ -3,17 +3,18 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadArgument, Io, from_os_error
+from ..errors import BadArgument, Io, Unsupported, from_os_error
 from ..files import check_target, whole_file
 
 TYPES: Final = ("f32", "f16", "bf16")
@@ -60,7 +61,7 @@ class SafetensorsWriter:
 
     def __init__(self, data: "tempfile._TemporaryFileWrapper[bytes]") -> None:
         self._data = data
-        self._header: dict[str, object] = {}
+        self._header: dict[str, dict[str, Any]] = {}
         self._size = 0
 
     @property
@@ -87,6 +88,15 @@ class SafetensorsWriter:
             "data_offsets": [self._size, self._size + raw.nbytes],
         }
         self._size += raw.nbytes
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module that has factors in PEFT's names."""
+        return {
+            name.removesuffix(end): int(entry["shape"][0])
+            for name, entry in self._header.items()
+            for end in (".lora_A.weight", ".lora_embedding_A")
+            if name.endswith(end)
+        }
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """The file up to its data."""
@@ -124,3 +134,58 @@ def safetensors_file(path: Path, metadata: Mapping[str, str]) -> Iterator[Safete
         if isinstance(error, Io):
             raise
         raise from_os_error(path, error) from error
+
+
+PEFT_PREFIX: Final = "base_model.model."
+
+
+@contextlib.contextmanager
+def peft_folder(path: Path, metadata: Mapping[str, str]) -> Iterator[SafetensorsWriter]:
+    """A folder as PEFT saves adapters: tensors, and a config with the rank of each module. Scales are in lora_B.
+
+    Raises:
+        BadArgument: There is something of that name.
+        Unsupported: A change has no place there.
+        Io: It cannot be written; nothing of it is left then.
+    """
+    if os.path.lexists(path):
+        raise BadArgument(f"{path}: is there already; PEFT's adapters are folders of their own, so name a new one")
+    check_target(path)
+    beside = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        beside.mkdir()
+        with safetensors_file(beside / "adapter_model.safetensors", metadata) as writer:
+            yield writer
+        (beside / "adapter_config.json").write_text(json.dumps(_peft_config(writer), indent=2), encoding="utf-8")
+        beside.replace(path)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, Io):
+            raise from_os_error(path, error) from error
+        raise
+
+
+def _peft_config(writer: SafetensorsWriter) -> dict[str, object]:
+    ranks = {name.removeprefix(PEFT_PREFIX): rank for name, rank in writer.ranks().items()}
+    with_norms = {name for name in writer.names if name.endswith(".lora_magnitude_vector")}
+    if with_norms and len(with_norms) < len(ranks):
+        raise Unsupported(
+            "PEFT has DoRA in all modules of an adapter or in none; give a rank, or write it as diffusers"
+        )
+    if biases := [name for name in writer.names if name.endswith(".bias")]:
+        raise Unsupported(f"{biases[0]}: PEFT's folders have no place for some biases alone; write it as diffusers")
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    # The first pattern that ends a module's name counts, so "proj_out" comes after "blocks.0.proj_out".
+    patterns = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+    patterns = {} if set(ranks.values()) == {usual} else patterns
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": list(ranks),
+        "use_dora": bool(with_norms),
+        "bias": "none",
+        "inference_mode": True,
+    }

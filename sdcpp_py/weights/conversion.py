@@ -8,9 +8,9 @@ from pathlib import Path
 from ..errors import BadArgument
 from ..files import is_same
 from . import gguf_file
-from .families import PARTS, part_of
+from .families import PARTS, bare_name, part_of, recognise
 from .imatrix import read_imatrix
-from .names import single_file_names
+from .names import single_file_names, with_one_autoencoder
 from .source import AnyPath, Source, open_source
 from .tensor import Tensor
 from .writing import OnProgress, Plan, plan, write
@@ -40,7 +40,7 @@ def convert(
         type: Of the matrices: "q8_0", "q4_K", "f16", …; None: as they are. See ``plan``.
         tensor_types: Pairs of a regular expression and a type, which come before it.
         components: Files with a "vae", "clip_l", … that replace or add to what the source holds.
-        only: Write this part alone, as files of one part are named: "denoiser", "vae", "clip_l", "clip_g", "t5".
+        only: Write this part alone, as files of one part are named: "denoiser", "vae", "clip_l", "t5xxl", ….
         drop: Regular expressions of names to leave out.
         imatrix: A file that tells which columns of matrices matter, see imatrix.py.
         split: The largest size of a file in bytes; more are named NAME-00001-of-00003.
@@ -63,9 +63,11 @@ def convert(
     with open_source(source, components) as opened:
         if opened.path.is_dir():
             opened = single_file_names(opened, components or {})
-        tensors = _without(opened.tensors, drop)
+        family = opened.family
+        tensors = _without(with_one_autoencoder(opened.tensors, family), drop)
         if only is not None:
             tensors = _part(tensors, only, opened.path)
+            family = recognise(tensors) or family
         planned = plan(
             tensors,
             path,
@@ -73,7 +75,7 @@ def convert(
             tensor_types=tensor_types,
             metadata={**_texts(opened, path), **(metadata or {})},
             values=_values(opened, path),
-            family=opened.family,
+            family=family,
             importance=None if imatrix is None else read_imatrix(imatrix),
             split=split,
         )
@@ -109,11 +111,7 @@ def _part(tensors: Sequence[Tensor], only: str, path: Path) -> list[Tensor]:
     if not found:
         there = ", ".join(sorted({part_of(tensor.name) for tensor in tensors}))
         raise BadArgument(f"{path}: has no {only}; it has: {there}")
-    return [replace(tensor, name=_bare(tensor.name, PARTS[only])) for tensor in found]
-
-
-def _bare(name: str, prefixes: Sequence[str]) -> str:
-    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+    return [replace(tensor, name=bare_name(tensor.name)) for tensor in found]
 
 
 def _texts(source: Source, target: Path) -> dict[str, str]:

@@ -7,15 +7,29 @@ from typing import Final
 
 from .tensor import Tensor
 
-# Prefixes of the parts of a model, as single files and as diffusers folders have them.
+# Prefixes of the parts of a model, as single files and as diffusers folders have them; the longest that fits counts.
 PARTS: Final = {
     "denoiser": ("model.diffusion_model.", "unet.", "transformer."),
     "vae": ("first_stage_model.", "vae."),
-    "clip_l": ("cond_stage_model.transformer.", "conditioner.embedders.0.", "text_encoders.clip_l.", "text_encoder."),
-    "clip_g": ("cond_stage_model.model.", "conditioner.embedders.1.", "text_encoders.clip_g.", "text_encoder_2."),
-    "t5": ("text_encoders.t5xxl.", "text_encoder_3."),
+    "clip_l": (
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_l.",
+        "text_encoder.",
+    ),
+    "clip_g": (
+        "conditioner.embedders.0.model.",
+        "conditioner.embedders.1.model.",
+        "text_encoders.clip_g.transformer.",
+        "text_encoders.clip_g.",
+        "text_encoder_2.",
+    ),
+    "clip_h": ("cond_stage_model.model.",),
+    "t5xxl": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", "text_encoder_3."),
     "ema": ("model_ema.",),
 }
+_T5_OF_FLUX: Final = ("text_encoder_2.shared.", "text_encoder_2.encoder.")
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,13 @@ def recognise(tensors: Sequence[Tensor]) -> Family | None:
 
 def part_of(name: str) -> str:
     """The part of a model that a tensor belongs to; "other" where its name tells none."""
-    for part, prefixes in PARTS.items():
-        if name.startswith(prefixes):
-            return part
-    return "other"
+    if name.startswith(_T5_OF_FLUX):
+        return "t5xxl"
+    found = [(len(prefix), part) for part, prefixes in PARTS.items() for prefix in prefixes if name.startswith(prefix)]
+    return max(found)[1] if found else "other"
+
+
+def bare_name(name: str) -> str:
+    """As files of the part alone have it."""
+    prefixes = [prefix for of_part in PARTS.values() for prefix in of_part if name.startswith(prefix)]
+    return name.removeprefix(max(prefixes, key=len, default=""))

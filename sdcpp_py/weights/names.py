@@ -4,23 +4,21 @@ The table is the engine's own: each weight that a family declares carries both n
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from .. import _native
 from ..errors import BadFile, Unsupported
-from ..files import data_dir
+from .families import Family
 from .source import AnyPath, Source
 from .tensor import Floats, Tensor, from_array
 
 # The matrices of an autoencoder's attention, which single files have as convolutions of one pixel.
 _PIXEL_CONVOLUTION = re.compile(r"^first_stage_model\..*\.attn_1\.(q|k|v|proj_out)\.weight$")
+_AUTOENCODER = "first_stage_model."
 _LAYER = re.compile(r"^(cond_stage_model\.model\.transformer\.resblocks\.)(\d+)(\..*)$")
 
 
@@ -38,11 +36,14 @@ class Part:
         begin, end = max(first - self.first, 0), min(last - self.first, self.rows)
         if begin >= end:
             return []
-        if not self.swap_halves:
-            return [(begin, end)]
-        half = self.rows // 2
-        cuts = sorted({begin, end, *([half] if begin < half < end else [])})
-        return [((a + half) % self.rows, (a + half) % self.rows + b - a) for a, b in pairwise(cuts)]
+        return swapped_runs(begin, end, self.rows) if self.swap_halves else [(begin, end)]
+
+
+def swapped_runs(first: int, last: int, rows: int) -> list[tuple[int, int]]:
+    """Where rows first to last - 1 are found in a matrix of so many rows that has its halves the other way round."""
+    half = rows // 2
+    cuts = sorted({first, last, *([half] if first < half < last else [])})
+    return [((a + half) % rows, (a + half) % rows + b - a) for a, b in pairwise(cuts)]
 
 
 def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Source:
@@ -51,11 +52,8 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     Raises:
         BadFile: The folder lacks weights of its family.
     """
-    parts = {role: os.fsencode(Path(path)) for role, path in components.items()}
     try:
-        family, declared = _native.list_weights(
-            os.fsencode(source.path), components=parts, data_dir=os.fsencode(data_dir())
-        )
+        family, declared = source.declared(components)
     except Unsupported:
         return source
     stored = {tensor.name: tensor for tensor in source.tensors}
@@ -82,6 +80,22 @@ def single_file_names(source: Source, components: Mapping[str, AnyPath]) -> Sour
     others = [name for name in stored if name not in used]
     left_out = [*source.left_out, *([f"{len(others):,} tensors without a place in single files"] if others else [])]
     return replace(source, tensors=tensors, left_out=left_out)
+
+
+def with_one_autoencoder(tensors: Sequence[Tensor], family: Family | None) -> list[Tensor]:
+    """The autoencoder's tensors below one prefix, that of the family's files, where the engine's reader has given the
+    usual one to some of them."""
+    if not any(tensor.name.startswith(_AUTOENCODER) for tensor in tensors):
+        return list(tensors)  # there is none, or it has diffusers' names
+    prefix = "vae." if family is not None and family.name == "flux" else _AUTOENCODER
+
+    def renamed(tensor: Tensor) -> Tensor:
+        for given in (_AUTOENCODER, "vae."):
+            if tensor.name.startswith(given):
+                return replace(tensor, name=prefix + tensor.name.removeprefix(given))
+        return tensor
+
+    return [renamed(tensor) for tensor in tensors]
 
 
 def _last_layer(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,17 +2,19 @@
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from .. import _native
 from ..errors import BadFile, Unsupported, from_os_error
+from ..files import data_dir
 from .families import Family, recognise
+from .stand_in import engine_view
 from .tensor import TYPES, Tensor
 from .torch_file import is_torch_file, read_torch_file
 
@@ -82,6 +84,18 @@ class Source:
         """What the names of the tensors tell; None where that is nothing known."""
         return recognise(self.tensors)
 
+    def declared(self, components: Mapping[str, AnyPath]) -> tuple[str, Sequence[Mapping[str, Any]]]:
+        """The family, and all weights that the engine looks for in the model, by both of their names.
+
+        Raises:
+            Unsupported: The engine knows no such family.
+            BadFile: Weights are missing.
+        """
+        with engine_view(self.path, components, self._handles.read) as view:
+            return _native.list_weights(
+                os.fsencode(view.path), components=view.engine_components, data_dir=os.fsencode(data_dir())
+            )
+
     def close(self) -> None:
         self._handles.close()
 
@@ -99,7 +113,7 @@ def open_source(path: AnyPath, components: Mapping[str, AnyPath] | None = None) 
 
     Args:
         path: A .safetensors, .gguf, .ckpt, .pt, .pth or .bin file, the first of several that it was split into, or a
-            diffusers folder. Files of torch are read without running anything that they hold.
+            diffusers folder, be it of .bin files. Files of torch are read without running anything that they hold.
         components: Files of "vae", "clip_l", … that replace or add to what ``path`` holds.
 
     Raises:
@@ -110,21 +124,24 @@ def open_source(path: AnyPath, components: Mapping[str, AnyPath] | None = None) 
     """
     given = Path(path)
     handles = Files()
-    if is_torch_file(given):
+    if is_torch_file(given) and not components:
         read = read_torch_file(given, handles.read)
-        if components:
-            raise BadFile(f"{given}: components can be added to safetensors, GGUF and folders; convert this file first")
         return Source(given, read.tensors, read.metadata, read.left_out, [given], handles)
-    parts = {role: os.fsencode(Path(part)) for role, part in (components or {}).items()}
-    stored, metadata = _native.list_tensors(os.fsencode(given), parts)
+    with engine_view(given, components, handles.read) as view:
+        stored, metadata = _native.list_tensors(os.fsencode(view.path), view.engine_components)
     tensors = []
-    for name, type, shape, dims, file, offset, _, scale in stored:
+    for name, type, shape, dims, place, offset, size, scale in stored:
         if dims > 4:
             raise Unsupported(f"{given}: tensor {name!r} has {dims} dimensions; up to 4 are read here")
-        tensor = _stored(handles, name, type, shape, os.fsdecode(file), offset)
+        file = os.fsdecode(place)
+        if (file, offset, size) in view.tensors:
+            tensor = replace(view.tensors[file, offset, size], name=name)
+        else:
+            tensor = _stored(handles, name, type, shape, str(view.files.get(file, [file])[0]), offset)
         tensors.append(tensor if scale == 1 else _scaled(tensor, np.float32(scale)))
-    files = [Path(os.fsdecode(file)) for file in dict.fromkeys(file for *_, file, _, _, _ in stored)]
-    return Source(given, tensors, metadata, [], files, handles)
+    places = dict.fromkeys(os.fsdecode(place) for *_, place, _, _, _ in stored)
+    files = [Path(file) for place in places for file in view.files.get(place, [place])]
+    return Source(given, tensors, metadata, view.left_out, files, handles)
 
 
 def _stored(handles: Files, name: str, type: str, shape: tuple[int, ...], file: str, offset: int) -> Tensor:

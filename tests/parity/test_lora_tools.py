@@ -11,6 +11,7 @@ import pytest
 import reference_lora
 from closeness import assert_close, relative_rmse
 
+from sdcpp_py import errors
 from sdcpp_py.lora import tools
 
 torch = pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
@@ -233,8 +234,68 @@ def test_ties_is_pefts(tmp_path: Path) -> None:
     deltas = [torch.randn(24, 32) * ratio for ratio in (0.7, -0.3, 1.0)]
     for density in (0.2, 0.5, 1.0):
         want = ties(deltas, torch.ones(3), density)
-        got = algebra.ties([delta.numpy() for delta in deltas], density)
+        pairs = [algebra.of_dense(delta.numpy()) for delta in deltas]
+        got = algebra.agreed(pairs, "ties", density, np.random.default_rng(0))
         assert_close(got, want.numpy(), 1e-6)
+
+
+def deltas(network: Any) -> dict[str, np.ndarray]:
+    """What peft adds to each of a network's modules."""
+    return {
+        name: layer.get_delta_weight("default").detach().double().numpy()
+        for name, layer in network.base_model.model.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+
+
+def test_peft_opens_the_folder_of_a_merge(flux: Any, tmp_path: Path) -> None:
+    """Ranks differ by module, and "proj_out" ends the names of others."""
+    import copy
+
+    import peft
+
+    files = [tmp_path / f"{name}.safetensors" for name in ("first", "kohya", "lycoris")]
+    changes = [
+        flux_files.ai_toolkit(files[0], seed=1),
+        flux_files.kohya(files[1], seed=3),
+        flux_files.lycoris(files[2], seed=4),
+    ]
+    ratios = (0.7, -0.3, 1.0)
+    tools.merge(list(zip(files, ratios, strict=True)), tmp_path / "folder", to="peft")
+    network = peft.PeftModel.from_pretrained(copy.deepcopy(flux), tmp_path / "folder")
+    assert_same(deltas(network), flux_files.weighted(*zip(changes, ratios, strict=True)))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peft_opens_a_folder_of_one_network(kind: str, part: str, tmp_path: Path) -> None:
+    """Also with DoRA's norms. Both networks in one folder are refused."""
+    import lora_files
+    import peft
+    import tiny
+    from cases import SD1
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    make = reference_lora.lora if kind == "lora" else reference_lora.dora(reference_lora.lora, of_inputs=False)
+    kinds = "linear conv" if kind == "lora" else "linear"
+    update = lora_files.random_update(lora_files.modules(kinds, "unet text_encoder"), make)
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update))
+    with pytest.raises(errors.BadArgument, match=r"is for one network, .* prune --keep"):
+        tools.convert(source, tmp_path / "both", to="peft")
+    component = {"unet": "denoiser", "text_encoder": "clip"}[part]
+    tools.prune(source, tmp_path / "folder", keep=[f"{component}.*"], to="peft")
+    if part == "unet":
+        network = UNet2DConditionModel.from_config(tiny.configs(SD1)["unet"])
+    else:
+        network = CLIPTextModel(CLIPTextConfig(**tiny.configs(SD1)["text_encoder"]))
+    weights = {name.removeprefix(f"{part}."): values for name, values in lora_files.base().items()}
+    network.load_state_dict({name: torch.from_numpy(weights[name]) for name in network.state_dict()}, strict=False)
+    adapted = peft.PeftModel.from_pretrained(network, tmp_path / "folder").merge_and_unload().state_dict()
+    mine = {path: factors for path, factors in update.items() if path.startswith(f"{part}.")}
+    assert mine
+    for name, values in lora_files.merged((mine, 1.0)).items():
+        assert_close(adapted[name.removeprefix(f"{part}.")].numpy(), values, 1e-6)
 
 
 def test_unet_loras_reach_peft_through_diffusers(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_every_example_of_the_guide_runs(folder: Path) -> None:
         assert program == "sdcpp"
         run(*arguments[1:])
         if "-o" in arguments:
-            assert (folder / arguments[arguments.index("-o") + 1]).is_file(), line
+            assert (folder / arguments[arguments.index("-o") + 1]).exists(), line
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     exec(code, {})
     with SDContext(folder / "painted.gguf", threads=1) as sd_ctx:

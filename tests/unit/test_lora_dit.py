@@ -117,6 +117,47 @@ def test_kinds_on_parts_of_fused_weights(
         lies_as(dit(model, storage=storage), model, path, want)
 
 
+CASES = [
+    pytest.param(FLUX, ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v"], "peft", id="case-25"),
+    pytest.param(FLUX, ["norm_out.linear"], "peft", id="case-29"),
+    pytest.param(FLUX, ["final_layer.adaLN_modulation.1"], "kohya", id="case-29-of-kohya"),
+    pytest.param(SD35_MEDIUM, [f"transformer_blocks.{i}.norm1_context.linear" for i in (1, 2)], "peft", id="case-30"),
+    pytest.param(SD35_MEDIUM, ["transformer_blocks.1.attn2.to_v"], "peft", id="case-31"),
+    pytest.param(
+        FLUX,
+        [f"transformer_blocks.0.{part}" for part in ("ff.net.0.proj", "norm1.linear", "attn.to_q")],
+        "onetrainer",
+        id="case-36",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "paths", "spelling"), CASES)
+def test_modules_find_their_rows(
+    model: lora_dit.Model,
+    paths: list[str],
+    spelling: str,
+    dit: Opens,
+    dit_with: Callable[..., SDContext],
+    tmp_path: Path,
+) -> None:
+    update = lora_dit.random_update(model, paths)
+    want = denoise(dit_with(model, lora_dit.merged(model, (update, 1.0))), model)
+    path = lora_dit.write(SPELLINGS[spelling][1](update), tmp_path / "rows.safetensors")
+    assert len(dit(model).inspect_lora(path).applied) == len(paths)
+    lies_as(dit(model), model, path, want)
+
+
+def test_case_31_a_second_attention_that_is_not_there(dit: Opens, tmp_path: Path) -> None:
+    update = lora_dit.random_update(
+        SD35_MEDIUM, [f"transformer_blocks.{i}.attn2.to_v" for i in range(SD35_MEDIUM.dual)]
+    )
+    absent = {f"transformer_blocks.{SD35_MEDIUM.dual}.attn2.to_v": next(iter(update.values()))}
+    path = lora_dit.write(peft("transformer.")({**update, **absent}), tmp_path / "attn2.safetensors")
+    report = dit(SD35_MEDIUM).inspect_lora(path)
+    assert (len(report.applied), len(report.unmatched)) == (SD35_MEDIUM.dual, 2)
+
+
 def test_case_26_each_part_has_its_own_rank_and_alpha(
     dit: Opens, dit_with: Callable[..., SDContext], tmp_path: Path
 ) -> None:

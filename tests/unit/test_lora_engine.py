@@ -1225,7 +1225,7 @@ with SDContext(model, threads=1, lora_mode=mode) as context:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory as only Linux can")
-@pytest.mark.parametrize("room", [8, 40])
+@pytest.mark.parametrize("room", [8, 24])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callable[..., Path], tmp_path: Path) -> None:
     """Neither for its file, nor for its 64 MB of factors: an error that names it, and all goes on as before."""
@@ -1235,9 +1235,11 @@ def test_no_memory_for_a_lora(mode: str, room: int, folder: Path, write: Callabl
     large = write({f"{k}": v.astype(np.float16) for k, v in tensors_of(wide).items()}, name="large.safetensors")
     assert large.stat().st_size > 10 << 20
     arguments = [str(argument) for argument in (folder, small, large, mode, room)]
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what was freed is no room
     done = subprocess.run(
-        [sys.executable, "-c", NO_ROOM, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+        [sys.executable, "-c", NO_ROOM, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, **given_back},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -17,7 +17,7 @@ from cases import SD1
 from closeness import assert_close, relative_rmse
 
 from sdcpp_py import SDContext, errors
-from sdcpp_py.lora import bake, convert, diff, extract, merge, prune, resize, scale
+from sdcpp_py.lora import algebra, bake, convert, diff, extract, merge, prune, resize, scale
 from sdcpp_py.lora.outline import FAMILIES, outline_of
 from sdcpp_py.lora.source import LoraSource
 from sdcpp_py.lora.spelling import FORMATS
@@ -94,7 +94,7 @@ def test_kohya_fused_projections_come_back_bit_for_bit(flux: dict, tmp_path: Pat
 @pytest.mark.parametrize("to", FORMATS)
 def test_converting_there_and_back_keeps_every_bit(tmp_path: Path, to: str) -> None:
     """alpha / rank is a power of two here, which no factor rounds by."""
-    update = lora_files.random_update(lora_files.attention())
+    update = lora_files.random_update(lora_files.attention("unet" if to == "peft" else "unet text_encoder"))
     there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
     source = lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update))
     convert(source, there, to=to)
@@ -381,6 +381,48 @@ def test_other_methods_at_full_density(flux: dict, tmp_path: Path, method: str) 
         merge([(flux["a"][0], 0.5)], out, method=method, density=1.0)
         want = flux_files.weighted((flux["a"][1], 0.5))
     assert_changes(flux_changes(out), want)
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+@pytest.mark.parametrize("keep", [1, 2, 500, 1151, 1152])
+def test_the_smallest_of_the_largest_elements(keep: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a sort; numbers of every size, zeros and equal ones among them."""
+    monkeypatch.setattr(algebra, "_PIECE", piece)
+    rng = np.random.default_rng(0)
+    delta = (rng.standard_normal((24, 48)) * 10.0 ** rng.integers(-40, 30, (24, 48))).astype(np.float32)
+    delta[3], delta[5] = 0, 2.5
+    want = np.sort(np.abs(delta).reshape(-1))[-keep]
+    assert algebra._least(algebra.of_dense(delta), keep) == want
+    assert algebra._least(algebra.of_dense(delta), 0) == np.inf
+
+
+SHAPES = [(96, 160), (160, 96)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("rank", "energy"), [(8, None), (40, None), (None, None), (None, 0.5), (None, 0.9), (30, 0.99), (8, 0.99)]
+)
+def test_large_matrices_are_reduced_as_by_lapack(
+    rank: int | None, energy: float | None, shape: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subspace iteration, and eigenvectors of the product with itself, against numpy's SVD in float64."""
+    monkeypatch.setattr(algebra, "_EXACT_SIDE", 16)
+    monkeypatch.setattr(algebra, "_TRIES", (6, 20))
+    monkeypatch.setattr(algebra, "_PIECE", 1000)
+    rng = np.random.default_rng(1)
+    u, v = (np.linalg.qr(rng.standard_normal((side, min(shape))))[0] for side in shape)
+    values = 0.9 ** np.arange(min(shape))
+    delta = (u * values) @ v.T
+    got = algebra.reduce_dense(delta.astype(np.float32), rank, energy)
+    keep = rank or min(shape)
+    if energy is not None:
+        keep = min(keep, int(np.searchsorted(np.cumsum(values**2), energy * np.sum(values**2))) + 1)
+    assert got.pair.rank == keep
+    assert_close(got.pair.dense(), (u[:, :keep] * values[:keep]) @ v[:, :keep].T, 1e-4)  # vectors of near values mix
+    want = np.sqrt(np.sum(values[keep:] ** 2) / np.sum(values**2))
+    assert got.residual == pytest.approx(want, rel=1e-3, abs=1e-4)
+    assert got.norm == pytest.approx(np.linalg.norm(values), rel=1e-6)
 
 
 def test_dare_drops_the_same_with_the_same_seed(flux: dict, tmp_path: Path) -> None:
@@ -699,11 +741,12 @@ def test_text_encoders_only(tmp_path: Path) -> None:
 def test_baked_models_of_other_families_paint_as_with_the_lora(
     model: tiny.TinySD1, layout: str, tiny_folder: Callable, tmp_path: Path
 ) -> None:
-    """OpenCLIP's fused projections, and both text encoders of SDXL, in either layout of the model."""
+    """OpenCLIP's fused and turned projections, and both text encoders of SDXL, in either layout of the model."""
     folder = tiny_folder(model)
     base = folder if layout == "folder" else tiny_sdxl.write_single(model, tmp_path / "base.safetensors")
-    ends = (".to_q", ".to_v", ".q_proj", ".v_proj", ".fc1", ".conv1")
+    ends = (".to_q", ".to_v", ".q_proj", ".v_proj", ".fc1", ".conv1", ".text_projection")
     paths = [path for path in lora_files.modules("linear conv", PARTS, model) if path.endswith(ends)]
+    assert ("text_encoder_2.text_projection" in paths) == (model is tiny_sdxl.SDXL)
     update = lora_files.random_update(paths, model=model)
     source = lora_files.save(tmp_path / "x.safetensors", lora_files.peft(update))
     bake(base, [(source, 0.7)], tmp_path / "baked.safetensors")
@@ -718,3 +761,22 @@ def test_baked_models_of_other_families_paint_as_with_the_lora(
     want = latent(base, [(source, 0.7)])
     assert relative_rmse(latent(base, []), want) > 0.01
     assert_close(latent(tmp_path / "baked.safetensors", []), want, 1e-4)  # as above
+
+
+def test_open_clips_projection_is_turned_on_both_ways(tiny_folder: Callable, tmp_path: Path) -> None:
+    """Single files have it with rows for inputs: baked into one, and found against the folder."""
+    module = "text_encoder_2.text_projection"
+    model = tiny_sdxl.SDXL
+    base = tiny_sdxl.write_single(model, tmp_path / "base.safetensors")
+    update = lora_files.random_update([module], model=model)
+    source = lora_files.save(tmp_path / "x.safetensors", lora_files.peft(update))
+    bake(base, [(source, 0.7)], tmp_path / "tuned.safetensors")
+    want = lora_files.merged((update, 0.7), model=model)[f"{module}.weight"]
+    name = "conditioner.embedders.1.model.text_projection"
+    assert_close(tensors_of(tmp_path / "tuned.safetensors")[name], want.T, SUM)
+    told = extract(tmp_path / "tuned.safetensors", tiny_folder(model), tmp_path / "y.safetensors", rank=4, type="f32")
+    assert told.modules == 1
+    assert told.residual < 1e-4  # of a difference of float32
+    found = tensors_of(tmp_path / "y.safetensors")
+    down, up = (found[f"lora_te2_text_projection.lora_{side}.weight"] for side in ("down", "up"))
+    assert_close(up @ down, want - lora_files.base(model)[f"{module}.weight"], 1e-4)

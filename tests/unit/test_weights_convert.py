@@ -18,7 +18,7 @@ import torch_files
 from cases import SD1, SD2, SDXL
 from closeness import relative_rmse
 from gguf.quants import dequantize, quantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -93,8 +93,13 @@ def test_quantised_rows_are_what_gguf_makes_and_reads(type: str) -> None:
     kind = gguf.GGMLQuantizationType(TYPES[type].number)
     assert (TYPES[type].block, TYPES[type].block_bytes) == gguf.GGML_QUANT_SIZES[kind]
     np.testing.assert_array_equal(back, dequantize(raw.reshape(values.shape[0], -1), kind))
-    if type in MADE_BY_GGUF:
-        np.testing.assert_array_equal(raw, quantize(values, kind).reshape(-1))
+    try:
+        want = quantize(values, kind).reshape(-1)
+    except NotImplementedError:
+        assert type not in MADE_BY_GGUF
+    else:
+        assert type in MADE_BY_GGUF
+        np.testing.assert_array_equal(raw, want)
 
 
 @pytest.mark.parametrize("type", ["f16", "bf16"])
@@ -366,6 +371,7 @@ def test_8_bit_floats_with_a_scale_of_their_own(tmp_path: Path) -> None:
 # ---- names ---------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # of time, where other work holds the cores
 @given(st.data())
 def test_rows_of_a_fused_weight_come_from_their_parts(data: st.DataObject) -> None:
     """Any piece of it, of parts of which some have their halves the other way round."""
@@ -516,7 +522,7 @@ def test_a_source_that_shrinks_is_told(half: Path, tmp_path: Path) -> None:
         ({"drop": ["("]}, "is no regular expression"),
         ({"drop": ["xyz"]}, "no tensor has a name that matches 'xyz'"),
         ({"only": "lora"}, "only 'lora': there are: denoiser"),
-        ({"only": "t5"}, "has no t5; it has: clip_l, denoiser, vae"),
+        ({"only": "t5xxl"}, "has no t5xxl; it has: clip_l, denoiser, vae"),
         ({"split": 0}, "split 0: expected"),
         ({"threads": 0}, "threads 0: must be at least 1"),
         ({"components": {"lora": "x"}}, "component 'lora' is not known"),

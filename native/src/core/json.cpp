@@ -102,7 +102,7 @@ class JsonParser {
             if (!take(':')) {
                 wrong("no ':' after a name");
             }
-            members.push_back({std::move(name), value(depth + 1)});
+            members.push_back({std::move(name), value(depth + 1), members.size()});
             skip_space();
         } while (take(','));
         if (!take('}')) {

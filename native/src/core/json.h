@@ -52,10 +52,11 @@ class Json {
         value_;
 };
 
-// Objects keep their members ordered by name.
+// Objects keep their members ordered by name; `place` is that in the text.
 struct JsonMember {
     std::string name;
     Json        value;
+    size_t      place = 0;
 };
 
 } // namespace sd

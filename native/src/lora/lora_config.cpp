@@ -82,7 +82,12 @@ LoraConfig::Patterns LoraConfig::read_patterns(const Json & value) {
     if (!value.object()) {
         return out;
     }
+    std::vector<const JsonMember *> members(value.object()->size()); // the first that matches counts
     for (const JsonMember & member : *value.object()) {
+        members[member.place] = &member;
+    }
+    for (const JsonMember * each : members) {
+        const JsonMember & member = *each;
         const std::optional<double> number = member.value.number();
         if (!number || !std::isfinite(*number)) {
             continue;

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 #include <optional>
 
 namespace sd {
@@ -22,7 +23,7 @@ struct Runner::Plan {
     Graph::Shapes shapes; // of all inputs but the strengths
     Shape strengths{};
     uint64_t adapters = 0, epoch = 0;
-    size_t max_nodes = 0;
+    size_t max_nodes = 0, scheduled = 0; // that the scheduler has room for
     ggml_context_ptr ctx;
     ggml_cgraph * nodes = nullptr;
     ggml_backend_sched_ptr sched;
@@ -148,8 +149,8 @@ Runner::Plan & Runner::plan(const std::string & network, const Inputs & inputs,
     }
     plan->adapters = adapters;
     plan->strengths = strengths;
-    const size_t there = ggml_backend_sched_get_buffer_size(plan->sched.get(), device_.backends()[0]);
     const size_t needed = measure(*plan, build);
+    const size_t there = ggml_backend_sched_get_buffer_size(plan->sched.get(), device_.backends()[0]);
     ComponentSet components;
     for (const Weight * weight : plan->graph->weights()) {
         components.insert(weight->component);
@@ -160,20 +161,25 @@ Runner::Plan & Runner::plan(const std::string & network, const Inputs & inputs,
     return *plan_;
 }
 
+// ggml ends the process where it gets none.
+static void check_address_space(size_t bytes, const std::string & network) {
+    char * volatile some = new (std::nothrow) char[bytes]; // volatile: compilers leave out what is only given back
+    const bool there_is = some != nullptr;
+    delete[] some;
+    if (!there_is) {
+        fail(Status::out_of_memory, "%zu MB for the graph of '%s' could not be had", bytes >> 20, network.c_str());
+    }
+}
+
 std::unique_ptr<Runner::Plan> Runner::new_plan(const std::string & network, const Graph::Shapes & shapes,
                                                size_t max_nodes) const {
     auto plan = std::make_unique<Plan>();
     plan->network = network;
     plan->shapes = shapes;
     plan->max_nodes = max_nodes;
-    plan->ctx.reset(ggml_init(
-        {ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false), nullptr, true}));
-    auto backends = device_.backends();
-    plan->sched.reset(ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()),
-                                             max_nodes, false, true));
-    if (!plan->ctx || !plan->sched) {
-        fail(Status::out_of_memory, "memory for the graph of '%s' could not be had", network.c_str());
-    }
+    const size_t bytes = ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false);
+    check_address_space(bytes, network);
+    plan->ctx.reset(ggml_init({bytes, nullptr, true}));
     return plan;
 }
 
@@ -188,9 +194,28 @@ void Runner::append_nodes(Plan & plan, const std::function<void(Graph &)> & buil
     build(*plan.graph);
 }
 
+// With room for this graph, for it takes 20 KB of address space a node: two nodes for each, as any brings at most one tensor
+// that is not computed, beside the weights.
+void Runner::make_scheduler(Plan & plan) const {
+    const size_t size = 2 * static_cast<size_t>(ggml_graph_n_nodes(plan.nodes)) + plan.graph->weights().size() + 64;
+    if (plan.sched && plan.scheduled >= size) {
+        return;
+    }
+    plan.sched.reset();
+    plan.scheduled = size;
+    check_address_space(2 * 64 * sizeof(ggml_tensor) * size, plan.network); // and as much for its tables
+    auto backends = device_.backends();
+    plan.sched.reset(
+        ggml_backend_sched_new(backends.data(), nullptr, static_cast<int>(backends.size()), size, false, true));
+    if (!plan.sched) {
+        fail(Status::out_of_memory, "memory for the graph of '%s' could not be had", plan.network.c_str());
+    }
+}
+
 // Bytes of activations on the device. The weights need not be there.
 size_t Runner::measure(Plan & plan, const std::function<void(Graph &)> & build) {
     append_nodes(plan, build);
+    make_scheduler(plan);
     std::vector<size_t> bytes(device_.backends().size());
     ggml_backend_sched_reserve_size(plan.sched.get(), plan.nodes, bytes.data());
     const size_t on_cpu = bytes.back(), available = available_memory(); // what the device lacks, or all of it

@@ -68,6 +68,7 @@ class Runner {
     std::unique_ptr<Plan> new_plan(const std::string & network, const Graph::Shapes & shapes, size_t max_nodes) const;
     size_t max_nodes() const;
     void append_nodes(Plan & plan, const std::function<void(Graph &)> & build);
+    void make_scheduler(Plan & plan) const;
     size_t measure(Plan & plan, const std::function<void(Graph &)> & build);
     void build_into(Plan & plan, const std::function<void(Graph &)> & build);
     std::map<std::string, Tensor> add_cost(const std::string & network, const Inputs & inputs,
