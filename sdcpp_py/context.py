@@ -242,9 +242,8 @@ class SDContext:
         batch_size = check.whole("batch_size", batch_size, 1)
         with self._lock:
             width, height = _size(width, height, None, self._native.info())
-            cfg_scale = (
-                self._native.defaults()["cfg_scale"] if cfg_scale is None else check.number("cfg_scale", cfg_scale)
-            )
+            usual = self._native.defaults()["cfg_scale"]
+            cfg_scale = usual if cfg_scale is None else check.number("cfg_scale", cfg_scale)
             peak, networks = self._native.estimate_memory(
                 width=width, height=height, batch_size=batch_size, cfg_scale=cfg_scale, vae_tile=vae_tile
             )

@@ -263,7 +263,7 @@ def test_a_second_thread_waits(sd_ctx, heart):
 
 
 def test_other_threads_run_while_it_paints(sd_ctx):
-    """The GIL is released: another thread counts on during a step."""
+    """The GIL is released: another thread counts on during a picture of some tenths of a second."""
     counted = 0
     stop = threading.Event()
 
@@ -274,7 +274,7 @@ def test_other_threads_run_while_it_paints(sd_ctx):
 
     thread = threading.Thread(target=count)
     thread.start()
-    sd_ctx.generate("a heart", **SMALL)
+    sd_ctx.generate("a heart", **SMALL | {"steps": 100})
     stop.set()
     thread.join()
     assert counted > 0
