@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_dit
+import tiny_flux
 import torch_files
 from cases import SD1
+from cases_dit import FLUX
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from sdcpp_py.cli import app
+from sdcpp_py.weights.conversion import convert
 
 GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
 
@@ -33,6 +37,17 @@ def examples() -> Iterator[tuple[str, str]]:
                 yield language, line.removeprefix("$ ")
 
 
+def write_flux() -> None:
+    """A tiny FLUX.1 in the files that people have apart."""
+    parts = tiny_flux.components(FLUX)
+    tiny_dit.save(tiny_flux.original_transformer(FLUX, parts["transformer"]), Path("flux.safetensors"))
+    tiny_dit.save(parts["text_encoder_2"], Path("t5xxl.safetensors"))
+    convert("flux.safetensors", "flux-q4_K.gguf")
+    convert("t5xxl.safetensors", "t5xxl-q8_0.gguf")
+    tiny_dit.save(parts["text_encoder"], Path("clip_l.safetensors"))
+    tiny_dit.save(tiny_dit.original_vae(parts["vae"], ""), Path("ae.safetensors"))
+
+
 def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are tiny, and so are pictures: a prompt is painted in the fewest steps."""
     monkeypatch.chdir(tmp_path)
@@ -41,6 +56,7 @@ def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, mo
     save_file(half, "model.safetensors")
     torch_files.save(tmp_path / "model.ckpt", half)
     shutil.copytree(tiny_folder(SD1), "pipeline")
+    write_flux()
     Path("embeddings").mkdir()
     save_file({"emb_params": np.ones((2, SD1.text_width), np.float32)}, "embeddings/easystyle.safetensors")
     ran = 0
