@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_dit
+import tiny_flux
 import torch_files
 from cases import SD1
+from cases_dit import FLUX
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from sdcpp_py.cli import app
+from sdcpp_py.weights import convert
 
 GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
 
@@ -43,6 +47,10 @@ def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, mo
     shutil.copytree(tiny_folder(SD1), "pipeline")
     Path("embeddings").mkdir()
     save_file({"emb_params": np.ones((2, SD1.text_width), np.float32)}, "embeddings/easystyle.safetensors")
+    flux = tiny_dit.save(tiny_flux.single_tensors(FLUX), tmp_path / "flux.safetensors")
+    parts = {"denoiser": "flux-q4_K.gguf", "clip_l": "clip_l.safetensors", "t5xxl": "t5xxl-q8_0.gguf"}
+    for part, name in {**parts, "vae": "ae.safetensors"}.items():
+        convert(flux, name, only=part)
     ran = 0
     for language, text in examples():
         if language == "python":
