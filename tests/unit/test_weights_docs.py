@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from sdcpp_py.cli import app
-from sdcpp_py.weights.conversion import convert
+from sdcpp_py.weights import convert
 
 GUIDE = Path(__file__).parents[2] / "docs" / "weights.md"
 
@@ -37,17 +37,6 @@ def examples() -> Iterator[tuple[str, str]]:
                 yield language, line.removeprefix("$ ")
 
 
-def write_flux() -> None:
-    """A tiny FLUX.1 in the files that people have apart."""
-    parts = tiny_flux.components(FLUX)
-    tiny_dit.save(tiny_flux.original_transformer(FLUX, parts["transformer"]), Path("flux.safetensors"))
-    tiny_dit.save(parts["text_encoder_2"], Path("t5xxl.safetensors"))
-    convert("flux.safetensors", "flux-q4_K.gguf")
-    convert("t5xxl.safetensors", "t5xxl-q8_0.gguf")
-    tiny_dit.save(parts["text_encoder"], Path("clip_l.safetensors"))
-    tiny_dit.save(tiny_dit.original_vae(parts["vae"], ""), Path("ae.safetensors"))
-
-
 def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are tiny, and so are pictures: a prompt is painted in the fewest steps."""
     monkeypatch.chdir(tmp_path)
@@ -56,9 +45,12 @@ def test_every_example_runs(tiny_folder: Any, tiny_sd1: Path, tmp_path: Path, mo
     save_file(half, "model.safetensors")
     torch_files.save(tmp_path / "model.ckpt", half)
     shutil.copytree(tiny_folder(SD1), "pipeline")
-    write_flux()
     Path("embeddings").mkdir()
     save_file({"emb_params": np.ones((2, SD1.text_width), np.float32)}, "embeddings/easystyle.safetensors")
+    flux = tiny_dit.save(tiny_flux.single_tensors(FLUX), tmp_path / "flux.safetensors")
+    parts = {"denoiser": "flux-q4_K.gguf", "clip_l": "clip_l.safetensors", "t5xxl": "t5xxl-q8_0.gguf"}
+    for part, name in {**parts, "vae": "ae.safetensors"}.items():
+        convert(flux, name, only=part)
     ran = 0
     for language, text in examples():
         if language == "python":
