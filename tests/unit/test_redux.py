@@ -112,7 +112,7 @@ def test_what_cannot_be_varied_is_a_sentence(dit: Opens, redux: SDContext) -> No
     for model in (FLUX, SD3):
         with pytest.raises(BadArgument, match="there is no Redux to look at it; open a FLUX"):
             dit(model).generate("a heart", redux_image=PICTURE, **SMALL)
-    with pytest.raises(BadArgument, match="redux_image, which is missing"):
+    with pytest.raises(BadArgument, match="how much redux_image counts, which is missing"):
         redux.generate("a heart", redux_strength=0.5, **SMALL)
     with pytest.raises(BadArgument, match="redux_strength nan: must be a finite number"):
         redux.generate("a heart", redux_image=PICTURE, redux_strength=float("nan"), **SMALL)
