@@ -99,13 +99,17 @@ class LoraFile {
         const auto receive = [](const sd_tensor * result, void * user) {
             Call & self = *static_cast<Call *>(user);
             self.raised.guard([&] {
+                if (result->ne[0] % self.rows != 0) {
+                    throw py::value_error("rows do not divide the change");
+                }
                 self.out = Floats(Sizes{self.rows, result->ne[0] / self.rows}, result->data);
                 return true;
             });
         };
         const float * weights = base ? base->data() : nullptr;
         const sd_status status = released([&] {
-            return sd_probe_lora_file_delta(handle_.get(), stem, module, weights, multiplier, receive, &call);
+            return sd_probe_lora_file_delta(handle_.get(), stem, module, weights, base ? base->size() : 0, multiplier,
+                                            receive, &call);
         });
         call.raised.rethrow();
         check(status);

@@ -164,9 +164,10 @@ typedef void (*sd_receive_module)(const sd_lora_module * module, void * user);
 // Reads the modules of one stem, one call each.
 SD_API sd_status sd_probe_lora_file_read(const sd_lora_file * file, int stem, sd_receive_module receive, void * user);
 
-// The change [columns, rows] that one of them makes; `base` (its rows of the pristine weight) may be NULL.
+// The change [columns, rows] that one of them makes; `base` (the n_base numbers of its rows of the pristine weight) may
+// be NULL.
 SD_API sd_status sd_probe_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base,
-                                    float multiplier, sd_receive receive, void * user);
+                                          int64_t n_base, float multiplier, sd_receive receive, void * user);
 
 #ifdef __cplusplus
 }

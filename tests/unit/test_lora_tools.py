@@ -736,6 +736,14 @@ def test_text_encoders_only(tmp_path: Path) -> None:
     assert LoraSource(x).family == "sd1"
 
 
+def test_a_base_of_another_size_is_refused(tmp_path: Path) -> None:
+    update = lora_files.random_update(lora_files.attention("text_encoder"))
+    source = LoraSource(lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update)))
+    change = next(source.changes(source.modules()[0]))
+    with pytest.raises(errors.BadArgument, match=r"the base of .* has 3 numbers, where \d+ x \d+ are wanted"):
+        change.dense(np.zeros(3, np.float32))
+
+
 @pytest.mark.parametrize("layout", ["folder", "single"])
 @pytest.mark.parametrize("model", [tiny_sdxl.SD2, tiny_sdxl.SDXL], ids=["sd2", "sdxl"])
 def test_baked_models_of_other_families_paint_as_with_the_lora(

@@ -139,14 +139,14 @@ sd_status sd_probe_lora_file_read(const sd_lora_file * file, int stem, sd_receiv
     });
 }
 
-sd_status sd_probe_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base, float multiplier,
-                             sd_receive receive, void * user) {
+sd_status sd_probe_lora_file_delta(const sd_lora_file * file, int stem, int module, const float * base, int64_t n_base,
+                                   float multiplier, sd_receive receive, void * user) {
     return guarded([&] {
         need(file, "file");
         if (!is_index(file->reader.entries(), stem) || module < 0) {
             sd::fail(sd::Status::bad_argument, "the file has no stem %d", stem);
         }
-        give(file->reader.delta(static_cast<size_t>(stem), static_cast<size_t>(module), base, multiplier), receive,
+        give(file->reader.delta(static_cast<size_t>(stem), static_cast<size_t>(module), base, n_base, multiplier), receive,
              user);
     });
 }

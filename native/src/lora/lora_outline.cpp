@@ -134,7 +134,8 @@ std::vector<LoraModule> LoraOutline::read(size_t entry) const {
     return out;
 }
 
-std::vector<float> LoraOutline::delta(size_t entry, size_t module, const float * base, float multiplier) const {
+std::vector<float> LoraOutline::delta(size_t entry, size_t module, const float * base, int64_t n_base,
+                                      float multiplier) const {
     std::vector<LoraModule> modules = read(entry);
     if (module >= modules.size()) {
         fail(Status::bad_argument, "there is no module %zu of %s", module, entries_[entry].group->stem.c_str());
@@ -142,6 +143,11 @@ std::vector<float> LoraOutline::delta(size_t entry, size_t module, const float *
     const LoraTarget target = modules[module].target;
     const MatrixShape shape = matrix_shape(*target.weight);
     const char * kind = lora_kind_name(modules[module].kind);
+    if (base && n_base != target.rows * shape.columns()) {
+        fail(Status::bad_argument, "the base of %s has %lld numbers, where %lld x %lld are wanted",
+             printable(entries_[entry].group->stem).c_str(), static_cast<long long>(n_base),
+             static_cast<long long>(target.rows), static_cast<long long>(shape.columns()));
+    }
     const auto need_base = [&] {
         if (!base) {
             fail(Status::bad_argument, "%s: %s is a %s, which depends on the model's own weight; name the model",

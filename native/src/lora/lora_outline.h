@@ -40,9 +40,9 @@ class LoraOutline {
     std::vector<LoraModule> read(size_t entry) const;
 
     // The whole change of one of these modules, [rows, columns], in the weight's order of rows. `base` holds the
-    // target's rows of the pristine weight and may be null; a kind that depends on them is an Error(bad_argument)
-    // then.
-    std::vector<float> delta(size_t entry, size_t module, const float * base, float multiplier) const;
+    // n_base numbers of the target's rows of the pristine weight and may be null; a kind that depends on them is an
+    // Error(bad_argument) then.
+    std::vector<float> delta(size_t entry, size_t module, const float * base, int64_t n_base, float multiplier) const;
 
   private:
     std::deque<Weight> weights_;
