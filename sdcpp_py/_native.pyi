@@ -28,6 +28,7 @@ class _ModelInfo(TypedDict):
     weight_bytes: int
     n_weights: int
     zero_snr: bool
+    redux_size: int
 
 class _Defaults(TypedDict):
     width: int
@@ -154,6 +155,8 @@ class Context:
         sizes: tuple[int, int, int, int, int, int] = ...,
         negative_sizes: tuple[int, int, int, int, int, int] = ...,
         reference_image: NDArray[np.uint8] | None = None,
+        redux_image: NDArray[np.uint8] | None = None,
+        redux_strength: float = 1.0,
     ) -> NDArray[np.uint8]: ...
     def apply_loras(self, loras: Sequence[_Lora]) -> None: ...
     def reset_loras(self) -> None: ...

@@ -111,11 +111,15 @@ def generate(
         typer.Option(help="Width and height it has now, likewise. [default: those of the picture]", show_default=False),
     ] = None,
     reference_image: Annotated[Path | None, typer.Option(help="Picture to change, for FLUX.1 Kontext.")] = None,
+    redux_image: Annotated[Path | None, typer.Option(help="Picture to vary, for FLUX.1 with Redux.")] = None,
+    redux_strength: Annotated[float | None, typer.Option(help="How much it counts. [default: 1]")] = None,
     vae: Annotated[Path | None, typer.Option(help="Autoencoder to use instead of the model's.")] = None,
     clip_l: Annotated[Path | None, typer.Option(help="Text encoder to use instead of the model's.")] = None,
     clip_g: Annotated[Path | None, typer.Option(help="SDXL's second text encoder, likewise.")] = None,
     clip_h: Annotated[Path | None, typer.Option(help="SD 2.x's text encoder, likewise.")] = None,
     t5xxl: Annotated[Path | None, typer.Option(help="T5 of SD3 and FLUX, likewise.")] = None,
+    redux: Annotated[Path | None, typer.Option(help="Image embedder of FLUX.1 Redux.")] = None,
+    clip_vision: Annotated[Path | None, typer.Option(help="SigLIP, which Redux looks with.")] = None,
     backend: Annotated[str | None, typer.Option(help="Device, see sdcpp doctor. [default: the best]")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: one per core]")] = None,
     precision: Annotated[
@@ -152,6 +156,8 @@ def generate(
             raise BadArgument(f"{like}: was painted with a control image; give that with --control-image")
         if told.reference_hash and reference_image is None:
             raise BadArgument(f"{like}: was painted with a reference image; give that with --reference-image")
+        if told.redux_image_hash and redux_image is None:
+            raise BadArgument(f"{like}: was painted with a Redux image; give that with --redux-image")
         if output is not None:
             _check_output(output)
         options = {
@@ -171,6 +177,7 @@ def generate(
             "rng": rng,
             "eta": eta,
             "strength": strength,
+            "redux_strength": redux_strength,
             "original_size": original_size,
             "crop_top_left": crop_top_left,
             "target_size": target_size,
@@ -193,6 +200,8 @@ def generate(
                 clip_g=clip_g or _known("clip-g", like, told.clip_g, told.clip_g_hash),
                 clip_h=clip_h or _known("clip-h", like, told.clip_h, told.clip_h_hash),
                 t5xxl=t5xxl or _known("t5xxl", like, told.t5xxl, told.t5xxl_hash),
+                redux=redux or _known("redux", like, told.redux, told.redux_hash),
+                clip_vision=clip_vision or _known("clip-vision", like, told.clip_vision, told.clip_vision_hash),
                 backend=backend,
                 threads=threads,
                 precision=precision or told.precision or "auto",
@@ -211,6 +220,7 @@ def generate(
                 mask=mask,
                 control_image=control_image,
                 reference_image=reference_image,
+                redux_image=redux_image,
                 on_step=on_step,
             )
         pictures: list[PaintedImage] = painted if isinstance(painted, list) else [painted]
@@ -237,8 +247,8 @@ def _known(option: str, like: Path | None, name: str | None, short: str | None) 
 
 
 def _compare(told: Parameters, used: Parameters) -> None:
-    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash")
-    pictures = ("init_image_hash", "mask_hash", "control_hash", "reference_hash")
+    encoders = ("clip_l_hash", "clip_g_hash", "clip_h_hash", "t5xxl_hash", "redux_hash", "clip_vision_hash")
+    pictures = ("init_image_hash", "mask_hash", "control_hash", "reference_hash", "redux_image_hash")
     for field in ("model_hash", "vae_hash", *encoders, *pictures, "lora_hashes"):
         before, now = getattr(told, field), getattr(used, field)
         if before and before != now:

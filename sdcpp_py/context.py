@@ -64,6 +64,7 @@ class ModelInfo:
         weight_bytes: Of all weights, in the form in which they are used.
         n_weights: How many tensors.
         zero_snr: Whether the highest noise level is noise alone.
+        redux_size: Side of the picture that FLUX.1 Redux looks at, in pixels; 0: it was not opened.
     """
 
     family: str
@@ -80,6 +81,7 @@ class ModelInfo:
     weight_bytes: int
     n_weights: int
     zero_snr: bool
+    redux_size: int
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class SDContext:
         clip_g: AnyPath | None = None,
         clip_h: AnyPath | None = None,
         t5xxl: AnyPath | None = None,
+        redux: AnyPath | None = None,
+        clip_vision: AnyPath | None = None,
         backend: str | None = None,
         threads: int | None = None,
         precision: str = "auto",
@@ -154,6 +158,8 @@ class SDContext:
             clip_g: The second one of SDXL and SD3.
             clip_h: That of SD 2.x.
             t5xxl: T5, of SD3 and FLUX.
+            redux: The image embedder of FLUX.1 Redux, for a FLUX.1 to vary pictures.
+            clip_vision: SigLIP's image tower, which Redux looks with.
             backend: A device's name, see ``sdcpp doctor``; None: the best.
             threads: Of the CPU; None: one per core.
             precision: Of products on the CPU. "f32"; "bf16": factors rounded to bfloat16, sums in float32, for
@@ -187,6 +193,7 @@ class SDContext:
         self._lock = threading.RLock()
         self._path = files.shipped_model() if model is None else check.path("model", model)
         components = {"vae": vae, "clip_l": clip_l, "clip_g": clip_g, "clip_h": clip_h, "t5xxl": t5xxl}
+        components |= {"redux": redux, "clip_vision": clip_vision}
         self._components = {role: check.path(role, path) for role, path in components.items() if path is not None}
         self._prediction, self._zero_snr = prediction, zero_snr
         if lora_dir is None and model is None:
@@ -385,6 +392,8 @@ class SDContext:
         negative_crop_top_left: Pair | None = None,
         negative_target_size: Pair | None = None,
         reference_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        redux_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        redux_strength: float | None = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
     ) -> Any:
@@ -431,6 +440,9 @@ class SDContext:
             reference_image: The picture that the prompt says how to change, for FLUX.1 Kontext, which is any model of
                 FLUX.1 dev's structure: nothing in the weights tells the two apart. It is scaled
                 to the trained size of nearest proportions, or less for a smaller picture, see sizes.py.
+            redux_image: A picture to vary, for a FLUX.1 that was opened with ``redux`` and ``clip_vision``; the prompt
+                may say more, or be empty.
+            redux_strength: How much that picture counts beside the prompt; None: 1.
             vae_tile: Decode and encode in tiles of so many pixels, to save memory; None: only where needed.
             on_step: Called with (step, steps, preview) after each step, from 1 to steps; ``preview()`` gives
                 a small picture of the state. Return False, or raise, to stop.
@@ -462,6 +474,10 @@ class SDContext:
         seed = _seed(seed, batch_size)
         control = None if control_image is None else open_picture(control_image, "control_image")
         reference = None if reference_image is None else open_picture(reference_image, "reference_image")
+        varied = None if redux_image is None else open_picture(redux_image, "redux_image")
+        redux_strength = None if redux_strength is None else check.number("redux_strength", redux_strength)
+        if redux_strength is not None and varied is None:
+            raise BadArgument("redux_strength: says how much redux_image counts, which is missing")
         steps = None if steps is None else check.whole("steps", steps, 1)
         cfg_scale = None if cfg_scale is None else check.number("cfg_scale", cfg_scale)
         guidance_rescale = None if guidance_rescale is None else check.number("guidance_rescale", guidance_rescale, 0)
@@ -501,6 +517,11 @@ class SDContext:
             if reference is not None:
                 reference_size = kontext_size(reference.size, width * height, info["size_multiple"])
                 reference_pixels = pixels(reference, "RGB", reference_size)
+            redux_pixels = None
+            if varied is not None:
+                side = info["redux_size"] or 1
+                redux_pixels = pixels(varied, "RGB", (side, side), bicubic=True)
+                redux_strength = 1.0 if redux_strength is None else redux_strength
             uses = [
                 read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
                 for one in wanted
@@ -532,6 +553,8 @@ class SDContext:
                 mask=mask_pixels,
                 control_image=control_pixels,
                 reference_image=reference_pixels,
+                redux_image=redux_pixels,
+                redux_strength=1.0 if redux_strength is None else redux_strength,
                 vae_tile=vae_tile or 0,
                 on_step=on_step,
                 guidance_rescale=guidance_rescale or 0.0,
@@ -558,6 +581,8 @@ class SDContext:
             mask_hash=_hash(mask_pixels),
             control_hash=_hash(control_pixels),
             reference_hash=_hash(reference_pixels),
+            redux_image_hash=_hash(redux_pixels),
+            redux_strength=redux_strength,
             backend=info["backend"],
             precision=info["precision"],
             **told,

@@ -98,6 +98,12 @@ class Parameters:
     mask_hash: str | None = None
     control_hash: str | None = None
     reference_hash: str | None = None
+    redux_image_hash: str | None = None
+    redux_strength: float | None = None
+    redux_hash: str | None = None
+    redux: str | None = None
+    clip_vision_hash: str | None = None
+    clip_vision: str | None = None
     lora_hashes: str | None = None
     backend: str | None = None
     precision: str | None = None
@@ -165,6 +171,12 @@ _FIELDS: Final = (
     ("Mask hash", "mask_hash", str),
     ("Control image hash", "control_hash", str),
     ("Reference image hash", "reference_hash", str),
+    ("Redux image hash", "redux_image_hash", str),
+    ("Redux strength", "redux_strength", float),
+    ("Redux hash", "redux_hash", str),
+    ("Redux", "redux", str),
+    ("CLIP vision hash", "clip_vision_hash", str),
+    ("CLIP vision", "clip_vision", str),
     ("Lora hashes", "lora_hashes", str),
     ("Device", "backend", str),
     ("Precision", "precision", str),
@@ -423,8 +435,8 @@ def open_picture(source: object, argument: str) -> Image.Image:
     return Image.fromarray(source)
 
 
-def pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture as the engine takes it, scaled to a width and a height.
+def pixels(picture: Image.Image, mode: str, size: tuple[int, int], *, bicubic: bool = False) -> NDArray[np.uint8]:
+    """A picture as the engine takes it, scaled to a width and a height, `bicubic` as networks were trained with.
 
     The array is (height, width, 3) for mode "RGB", transparent parts white, and (height, width) for mode "L".
 
@@ -440,7 +452,8 @@ def pixels(picture: Image.Image, mode: str, size: tuple[int, int]) -> NDArray[np
     except ValueError as error:
         raise BadArgument(f"a picture of Pillow's mode {picture.mode} cannot be read; convert it to RGB") from error
     if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS if mode == "RGB" else Image.Resampling.BOX)
+        smooth = Image.Resampling.BICUBIC if bicubic else Image.Resampling.LANCZOS
+        picture = picture.resize(size, smooth if mode == "RGB" else Image.Resampling.BOX)
     return np.ascontiguousarray(picture)
 
 

@@ -114,3 +114,6 @@ RUNS = [
     Run("sd3-without-t5", SD3_WITHOUT_T5, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
     Run("sd3.5-medium", SD35_MEDIUM, "StableDiffusion3Pipeline", {"cfg_scale": 4.0}),
 ]
+
+# With the files of tiny_redux.
+REDUX = Run("flux-redux", FLUX, "FluxPipeline", {"redux_image": TALL, "redux_strength": 0.7})

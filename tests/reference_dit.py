@@ -132,6 +132,10 @@ class Truth:
         pipe.set_progress_bar_config(disable=True)
 
         tokens, pooled = self.states(request["prompt"])
+        if "redux_image" in request:
+            import reference_redux
+
+            tokens = reference_redux.with_picture(tokens, pooled, request["redux_image"], request["redux_strength"])
         arguments: dict[str, Any] = {
             "prompt_embeds": tokens,
             "pooled_prompt_embeds": pooled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,28 +58,9 @@ SSD_1B = tiny.TinySD1(
     pipeline="StableDiffusionXLPipeline",
 )
 # As KOALA-700M: one block a level, and nothing in the middle.
-KOALA = tiny.TinySD1(
-    unet_widths=(64, 64, 128),
-    unet_attends=(False, True, True),
-    unet_depths=(1, 2, 3),
-    unet_middle="none",
-    head_size=64,
-    text_2_width=128,
-    vae_scale=0.13025,
-    pipeline="StableDiffusionXLPipeline",
-)
+KOALA = replace(SSD_1B, unet_blocks=1, unet_up_depths=(), unet_middle="none")
 # As NoobAI's v-prediction model.
-SDXL_V = tiny.TinySD1(
-    unet_widths=(64, 128),
-    unet_attends=(False, True),
-    unet_depths=(1, 2),
-    head_size=64,
-    text_2_width=128,
-    vae_scale=0.13025,
-    prediction="v_prediction",
-    zero_snr=True,
-    pipeline="StableDiffusionXLPipeline",
-)
+SDXL_V = replace(SDXL, prediction="v_prediction", zero_snr=True)
 
 Tensors = dict[str, np.ndarray]
 

@@ -31,7 +31,8 @@ py::dict info(const Context & context) {
                     "size_multiple"_a = info.size_multiple, "native_size"_a = info.native_size,
                     "latent_channels"_a = info.latent_channels, "latent_cell"_a = info.latent_cell,
                     "input_channels"_a = info.input_channels, "weight_bytes"_a = info.weight_bytes,
-                    "n_weights"_a = info.n_weights, "zero_snr"_a = info.zero_snr);
+                    "n_weights"_a = info.n_weights, "zero_snr"_a = info.zero_snr,
+                    "redux_size"_a = info.redux_size);
 }
 
 py::dict defaults(const Context & context) {

@@ -145,7 +145,8 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
                float eta, int clip_skip, const std::optional<Bytes> & init_image, float strength,
                const std::optional<Bytes> & mask, int vae_tile, const py::object & on_step,
                const LoraLists & loras, float guidance, float shift, const std::optional<Bytes> & control_image,
-               const std::optional<Bytes> & reference_image, float guidance_rescale, const ToldSizes & sizes,
+               const std::optional<Bytes> & reference_image, const std::optional<Bytes> & redux_image,
+               float redux_strength, float guidance_rescale, const ToldSizes & sizes,
                const ToldSizes & negative_sizes) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const Prompts wanted(prompts, "prompt", loras), unwanted(negative_prompts, "negative_prompt", {});
@@ -183,6 +184,11 @@ Bytes generate(const Context & context, const std::vector<Spans> & prompts,
     }
     request.reference_image =
         pixels(reference_image, "reference_image", request.reference_width, request.reference_height, 3);
+    const int side = sd_get_model_info(ctx.get()).redux_size;
+    request.redux_image = side > 0      ? pixels(redux_image, "redux_image", side, side, 3)
+                          : redux_image ? redux_image->data()
+                                        : nullptr;
+    request.redux_strength = redux_strength;
     request.vae_tile = vae_tile;
     request.on_step = on_step.is_none() ? nullptr : Run::step;
     request.keep_going = Run::keep_going;
@@ -231,7 +237,7 @@ void bind_generate(py::module_ & m, ContextClass & context) {
                 "steps"_a, "cfg_scale"_a, "seed"_a, "batch_size"_a, "sampler"_a, "scheduler"_a, "rng"_a,
                 "eta"_a, "clip_skip"_a, "init_image"_a, "strength"_a, "mask"_a, "vae_tile"_a, "on_step"_a,
                 "loras"_a = LoraLists(), "guidance"_a = -1.0F, "shift"_a = 0.0F, "control_image"_a = py::none(),
-                "reference_image"_a = py::none(),
+                "reference_image"_a = py::none(), "redux_image"_a = py::none(), "redux_strength"_a = 1.0F,
                 "guidance_rescale"_a = 0.0F, "sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0},
                 "negative_sizes"_a = ToldSizes{0, 0, -1, -1, 0, 0});
 }

@@ -136,6 +136,7 @@ typedef struct sd_model_info {
     int          n_weights;
     int          latent_cell;    // side of a latent's cell in pixels: 8 for Stable Diffusion
     bool         zero_snr;       // whether the highest noise level is noise alone
+    int          redux_size;     // side of the picture that FLUX.1 Redux looks at, in pixels; 0: it is not there
 } sd_model_info;
 
 // Strings live as long as the context. Of no context: all zeros.
@@ -272,6 +273,8 @@ typedef struct sd_request {
     const uint8_t *   control_image;    // width * height RGB, edges or depths, for models that need one; or NULL
     const uint8_t *   reference_image;  // reference_width * reference_height RGB, for FLUX.1 Kontext to look at; or NULL
     int               reference_width, reference_height;
+    const uint8_t *   redux_image;      // redux_size * redux_size RGB, for FLUX.1 Redux to vary; or NULL
+    float             redux_strength;   // of its tokens, usually 0 to 1
     int               vae_tile;         // decode and encode in tiles of this many pixels; 0: only where needed
     sd_on_step        on_step;          // may be NULL
     sd_keep_going     keep_going;       // may be NULL

@@ -31,6 +31,7 @@ typedef void (*sd_receive)(const sd_tensor * result, void * user);
 //                 the model takes one
 //   "vae_encode"  image [W, H, 3, N] in -1..1                          -> mean and log-variance [w, h, 2C, N]
 //   "vae_decode"  latent [w, h, C, N], unscaled                        -> [W, H, 3, N]
+//   "redux"       image [side, side, 3, N] of FLUX with Redux          -> [width, n, N]
 SD_API sd_status sd_probe_run(sd_ctx * ctx, const char * network, const sd_tensor * inputs, int n_inputs,
                               sd_receive receive, void * user);
 

@@ -164,13 +164,20 @@ void Context::complete(Request & r) const {
     if (r.mask && !r.init_image) {
         fail(Status::bad_argument, "a mask was given without init_image, the picture that it masks");
     }
-    if (r.reference_image && (r.reference_width < multiple || r.reference_height < multiple || r.reference_width > max_side ||
-                              r.reference_height > max_side || r.reference_width % multiple != 0 || r.reference_height % multiple != 0)) {
+    const auto fits = [&](int side) { return side >= multiple && side <= max_side && side % multiple == 0; };
+    if (r.reference_image && !(fits(r.reference_width) && fits(r.reference_height))) {
         fail(Status::bad_argument, "reference_image of %d x %d: both must be multiples of %d, at most %d", r.reference_width,
              r.reference_height, multiple, max_side);
     }
     if (r.reference_image && !pipeline_->takes_reference()) {
         fail(Status::bad_argument, "a reference_image was given, but this model does not look at one; FLUX.1 Kontext does");
+    }
+    if (r.redux_image && pipeline_->redux_size() == 0) {
+        fail(Status::bad_argument, "a redux_image was given, but there is no Redux to look at it; open a FLUX.1 with redux= and "
+             "clip_vision=, its image embedder and SigLIP");
+    }
+    if (!std::isfinite(r.redux_strength)) {
+        fail(Status::bad_argument, "redux_strength %g: must be a finite number", static_cast<double>(r.redux_strength));
     }
     if (r.vae_tile < 0 || r.vae_tile > max_side || r.vae_tile % (4 * multiple) != 0) {
         fail(Status::bad_argument, "vae_tile %d: must be 0 or a multiple of %d pixels", r.vae_tile, 4 * multiple);
@@ -329,7 +336,29 @@ Conditioning Context::condition(const Request & request, bool guided) {
         append_image(all, encode_prompt(*prompts[i], image, request.clip_skip, chunks));
         append_image(all, i < static_cast<size_t>(request.batch_size) ? picture : negative);
     }
+    append_redux(request, all);
     return all;
+}
+
+// Behind the text of each run, the unguided ones too, for all have as many tokens.
+void Context::append_redux(const Request & r, Conditioning & all) {
+    if (!r.redux_image) {
+        return;
+    }
+    const int    side = pipeline_->redux_size();
+    const Tensor image = image_from_rgb(r.redux_image, side, side);
+    runner_.adapt(nullptr);
+    auto           outputs = runner_.run("redux", {{"image", &image}}, [&](Graph & g) { g.output("tokens", pipeline_->look_at(g)); });
+    const Tensor & seen = outputs.at("tokens");
+    const Tensor & text = all.tokens.at("text");
+    const size_t   of_text = static_cast<size_t>(text.ne[0] * text.ne[1]);
+    Tensor         joined({text.ne[0], text.ne[1] + seen.ne[1], text.ne[2], 1});
+    float *        to = joined.data.data();
+    for (int64_t run = 0; run < text.ne[2]; ++run) {
+        to = std::copy_n(text.data.begin() + run * static_cast<int64_t>(of_text), of_text, to);
+        to = std::transform(seen.data.begin(), seen.data.end(), to, [&](float value) { return value * r.redux_strength; });
+    }
+    all.tokens["text"] = std::move(joined);
 }
 
 // ---- where to begin ------------------------------------------------------------------------------------
@@ -502,9 +531,10 @@ MemoryEstimate Context::estimate(Request r) {
     r.on_step = {};
     std::vector<NetworkCost> costs;
     std::vector<uint8_t>     rgb(static_cast<size_t>(r.batch_size) * r.width * r.height * 3);
-    auto                     encoded = std::exchange(encoded_, {}); // text is to be encoded, and the next picture is not to
-    auto                     latent = std::exchange(last_latent_, {}); // know of it
-    const auto               back = [&] {
+    // Text has to be encoded once more for it, and what was painted before stays what it is.
+    auto       encoded = std::exchange(encoded_, {});
+    auto       latent = std::exchange(last_latent_, {});
+    const auto back = [&] {
         runner_.set_measuring(nullptr);
         encoded_ = std::move(encoded);
         last_latent_ = std::move(latent);
@@ -753,12 +783,14 @@ Tensor Context::probe(const std::string & network, const std::map<std::string, T
             return;
         }
         g.output("out", network == "denoise"      ? pipeline_->denoise(g)
+                        : network == "redux"      ? pipeline_->look_at(g)
                         : network == "vae_encode" ? pipeline_->encode_image(g)
                                                   : pipeline_->decode_latent(g));
     };
-    if (!is_text && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
-        fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode",
-             network.c_str());
+    const bool has_redux = network == "redux" && pipeline_->redux_size() > 0;
+    if (!is_text && !has_redux && network != "denoise" && network != "vae_encode" && network != "vae_decode") {
+        fail(Status::bad_argument, "network '%s' is not known; there are: text, pooled, denoise, vae_encode, vae_decode, and of "
+             "FLUX with Redux redux", network.c_str());
     }
     const auto latent = given.find("latent");
     const int64_t runs = latent == given.end() ? 1 : latent->second.ne[3];

@@ -52,6 +52,8 @@ struct Request {
     const uint8_t *                             control_image = nullptr; // width * height RGB
     const uint8_t *                             reference_image = nullptr; // reference_width * reference_height RGB
     int                                         reference_width = 0, reference_height = 0;
+    const uint8_t *                             redux_image = nullptr; // redux_size() * redux_size() RGB
+    float                                       redux_strength = 1;
     int                                         vae_tile = 0;
     std::function<bool(int step, int steps)>    on_step;
     std::function<bool()>                       keep_going;
@@ -124,6 +126,7 @@ class Context {
     LoraFile     read_with_settings(const std::string & lora) const;
     void         warn_unread(const Request & request, bool guided) const;
     Conditioning condition(const Request & request, bool guided);
+    void         append_redux(const Request & request, Conditioning & all);
     Conditioning encode_prompt(const Prompt & prompt, size_t image, int clip_skip, int chunks);
     Latents      start(const Request & request);
     std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,

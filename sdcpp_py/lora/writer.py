@@ -148,10 +148,9 @@ def peft_folder(path: Path, metadata: Mapping[str, str]) -> Iterator[Safetensors
         Unsupported: A change has no place there.
         Io: It cannot be written; nothing of it is left then.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise BadArgument(f"{path}: is there already; PEFT's adapters are folders of their own, so name a new one")
-    if not path.parent.is_dir():
-        raise Io(f"{path}: there is no folder {path.parent}; make it first")
+    check_target(path)
     beside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         beside.mkdir()
@@ -161,7 +160,7 @@ def peft_folder(path: Path, metadata: Mapping[str, str]) -> Iterator[Safetensors
         beside.replace(path)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, Io):
             raise from_os_error(path, error) from error
         raise
 

@@ -24,7 +24,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         answers = {case.name: reference_dit.truth(case.model, folder).network(case) for case in cases_dit.NETWORKS}
-        for run in cases_dit.RUNS:
+        for run in [*cases_dit.RUNS, cases_dit.REDUX]:
             answers[f"run-{run.name}"] = reference_dit.truth(run.model, folder).run(run)
     np.savez_compressed(HERE / "dit.npz", **answers, versions=np.array(reference_networks.versions()))
 

@@ -11,6 +11,7 @@ import cases_dit
 import lora_dit
 import numpy as np
 import pytest
+import tiny_redux
 from cases_dit import FLUX, FLUX_FILL, NETWORKS, RUNS, SD3, SD35_MEDIUM
 from closeness import assert_close
 
@@ -51,6 +52,21 @@ def test_a_run_matches_diffusers(run: cases_dit.Run, dit: Callable[..., SDContex
     context = dit(run.model)
     context.generate(**run.request())
     assert_close(_native.probe_latent(context._native), truth(run.model).run(run), 1e-4)
+
+
+def test_redux_matches_diffusers(dit: Callable[..., SDContext], truth: Any, tmp_path: Path) -> None:
+    """SigLIP and the embedder alone, then a whole run."""
+    import reference_redux
+
+    files = tiny_redux.write(FLUX.context, tmp_path)
+    picture = np.ascontiguousarray(cases_dit.PICTURE[: tiny_redux.SIDE, : tiny_redux.SIDE])
+    image = (picture / np.float32(127.5) - 1).transpose(2, 0, 1)[None]
+    empty = torch.zeros(1, 0, FLUX.context)
+    with SDContext(dit(FLUX)._path, **files, threads=1, precision="f32") as context:
+        want = reference_redux.with_picture(empty, torch.zeros(1, FLUX.pooled), picture).numpy()
+        assert_close(_native.probe_run(context._native, "redux", image=image).reshape(want.shape), want, 1e-5)
+        context.generate(**cases_dit.REDUX.request())
+        assert_close(_native.probe_latent(context._native), truth(FLUX).run(cases_dit.REDUX), 1e-4)
 
 
 @pytest.mark.parametrize(

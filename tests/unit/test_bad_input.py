@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import lora_files
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from sdcpp_py import BadArgument, BadFile, Io, SDContext, SdcppError, files, lora
 from sdcpp_py.calibrate import calibrate
@@ -225,6 +228,28 @@ def test_a_tensor_without_elements_has_no_rows() -> None:
 def test_a_file_of_prompts_without_end() -> None:
     with pytest.raises(BadFile, match="is it a list of prompts"):
         _lines(Path("/dev/zero"))
+
+
+def test_a_scale_that_32_bits_do_not_hold(sd_ctx: SDContext, update: Path) -> None:
+    tensors = dict(load_file(update))
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        stem = key.removesuffix(".alpha")
+        tensors |= {f"{stem}.scale": np.float32([3e38]), f"{stem}.scalar": np.float32([3e38])}
+    save_file(tensors, update)
+    with pytest.raises(BadFile, match=r"its scale is 9e\+76, which is more than 32 bits hold"):
+        sd_ctx.inspect_lora(update)
+
+
+def test_factors_of_nothing_whose_sizes_are_beyond_64_bits(sd_ctx: SDContext, tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    empty = {"dtype": "F32", "shape": [1 << 40, 0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{stem}.lokr_w1": empty, f"{stem}.lokr_w2": empty}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(BadFile, match="lokr_w1 is empty"):
+        sd_ctx.inspect_lora(path)
+    with pytest.raises(SdcppError):
+        lora.convert(path, tmp_path / "y.safetensors", to="kohya")
 
 
 @pytest.fixture

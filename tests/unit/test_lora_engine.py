@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,16 @@ KIND_PLACES = [
 ]
 
 
+def changes_of(kind: str, paths: Iterable[str]) -> Update:
+    """An adapter of that kind on those of the modules that it fits."""
+    makes = reference_lora.KINDS[kind]
+    return random_update([path for path in paths if makes.fits(lora_files.base()[f"{path}.weight"])], makes.make)
+
+
+def changes_everywhere(kind: str) -> Update:
+    return changes_of(kind, [path for paths in PLACES.values() for path in paths])
+
+
 @pytest.mark.parametrize("multiplier", [1.0, 0.6])
 @pytest.mark.parametrize(("kind", "place"), KIND_PLACES)
 def test_a_kind_is_the_change_that_its_formula_says(
@@ -156,16 +166,14 @@ def test_a_kind_is_the_change_that_its_formula_says(
     write: Callable[..., Path],
     model_with: Callable[..., np.ndarray],
 ) -> None:
-    makes = reference_lora.KINDS[kind]
-    paths = [path for path in PLACES[place] if makes.fits(lora_files.base()[f"{path}.weight"])]
-    update = random_update(paths, makes.make)
+    update = changes_of(kind, PLACES[place])
     file = write(update)
     want = model_with((update, multiplier))
     assert_acts(want, plain)
     for mode in MODES:
         assert_close(latent(contexts[mode], loras=[(file, multiplier)]), want, 1e-5)
         (report,) = contexts[mode].lora_reports
-        assert len(report.applied) == len(paths)
+        assert len(report.applied) == len(update)
         assert report.is_complete
 
 
@@ -173,9 +181,7 @@ def test_a_kind_is_the_change_that_its_formula_says(
 def test_multiplier_zero_is_no_lora(
     kind: str, contexts: dict[str, SDContext], plain: dict[str, Any], write: Callable[..., Path]
 ) -> None:
-    makes = reference_lora.KINDS[kind]
-    paths = [p for ps in PLACES.values() for p in ps if makes.fits(lora_files.base()[f"{p}.weight"])]
-    file = write(random_update(paths, makes.make))
+    file = write(changes_everywhere(kind))
     for mode in MODES:
         assert_same(latent(contexts[mode], loras=[(file, 0.0)]), plain["latent"])
         latent(contexts[mode], loras=[(file, 1.0)])
@@ -187,9 +193,7 @@ def test_multiplier_zero_is_no_lora(
 def test_what_is_dropped_leaves_no_trace(
     kind: str, contexts: dict[str, SDContext], plain: dict[str, Any], write: Callable[..., Path]
 ) -> None:
-    makes = reference_lora.KINDS[kind]
-    paths = [p for ps in PLACES.values() for p in ps if makes.fits(lora_files.base()[f"{p}.weight"])]
-    file = write(random_update(paths, makes.make))
+    file = write(changes_everywhere(kind))
     for mode in MODES:
         for multiplier in (1.0, -0.3, 0.7):
             latent(contexts[mode], loras=[(file, multiplier)])

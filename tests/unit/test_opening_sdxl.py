@@ -306,3 +306,22 @@ def test_names_of_distilled_models_set_the_defaults(
         defaults = context._native.defaults()
         got = tuple(defaults[key] for key in ("steps", "cfg_scale", "sampler", "scheduler"))
         assert (*got, context.info.native_size) == want
+
+
+def test_a_matrix_that_is_turned_may_be_quantised(single: Callable[..., Path], tmp_path: Path) -> None:
+    """As it is in SDXL files of fewer bits: it means what its blocks do along the file's rows."""
+    from sdcpp_py.weights import convert
+
+    small, plain = tmp_path / "small.gguf", tmp_path / "plain.gguf"
+    convert(single(SDXL), small, tensor_types=[(r"1\.model\.text_projection$", "q8_0")])
+    convert(small, plain, tensor_types=[(r"1\.model\.text_projection$", "f32")])
+    latents = []
+    for path in (small, plain):
+        with SDContext(path, threads=1) as context:
+            (weight,) = [
+                of for of in _native.probe_weights(context._native) if of["name"].endswith("1.model.text_projection")
+            ]
+            assert (weight["type"], weight["file_type"]) == ("f32", "q8_0" if path == small else "f32")
+            context.generate("a cat", steps=1, width=64, height=64, seed=1)
+            latents.append(_native.probe_latent(context._native))
+    np.testing.assert_array_equal(*latents)

@@ -200,10 +200,10 @@ def test_escaped_text_is_read_as_itself(text):
 
 def test_a_long_prompt_takes_no_longer_per_letter_than_a_short_one():
     """Brackets that nest, or never close, would cost a square otherwise."""
-    began = time.perf_counter()
+    began = time.process_time()
     parse("[(a)]" * 50_000)
     parse("(" * 50_000 + "a" + ":1)" * 50_000)
     parse("[" * 50_000)
     parse("<lora:" * 50_000)
     parse(" " * 50_000 + "(:" + "1" * 50_000 + "x)" + " " * 50_000 + "BREAK")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

@@ -63,6 +63,8 @@ sd::Request to_request(const sd_request & from) {
     request.reference_image = from.reference_image;
     request.reference_width = from.reference_width;
     request.reference_height = from.reference_height;
+    request.redux_image = from.redux_image;
+    request.redux_strength = from.redux_strength;
     request.vae_tile = from.vae_tile;
     void * user = from.user;
     if (from.on_step) {
@@ -95,6 +97,7 @@ sd_request sd_default_request(const sd_ctx * ctx) {
     request.eta = -1;
     request.clip_skip = defaults.clip_skip;
     request.strength = defaults.strength;
+    request.redux_strength = 1;
     return request;
 }
 

@@ -91,7 +91,8 @@ sd_model_info sd_get_model_info(const sd_ctx * ctx) {
             context.weights().resident_bytes(),
             static_cast<int>(context.weights().weights().size()),
             pipeline.latent_format().reduction,
-            pipeline.is_zero_snr()};
+            pipeline.is_zero_snr(),
+            pipeline.redux_size()};
 }
 
 sd_status sd_fingerprint(sd_ctx * ctx, char hex[65]) {

@@ -90,6 +90,25 @@ const std::vector<Role> & roles() {
              {"embeddings.token_embedding.", "", "text_encoder."},
              {"transformer.resblocks.", "", "cond_stage_model.model."},
          }},
+        {{"clip_vision"},
+         "image tower of SigLIP",
+         false,
+         {"clip_vision.", "image_encoder."},
+         {
+             {"clip_vision.", "clip_vision.", "clip_vision."},
+             {"image_encoder.", "image_encoder.", "clip_vision."},
+             {"vision_model.", "", "clip_vision."},
+             {"embeddings.patch_embedding.", "", "clip_vision.vision_model."}, // as transformers 5 may save it
+         }},
+        {{"redux"},
+         "image embedder of FLUX.1 Redux",
+         false,
+         {"redux.", "image_embedder."},
+         {
+             {"redux.", "redux.", "redux."},
+             {"image_embedder.", "image_embedder.", "redux."},
+             {"redux_up.", "", "redux."},
+         }},
     };
     return ROLES;
 }

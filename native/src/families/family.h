@@ -84,6 +84,7 @@ class Pipeline {
         return extra == 0 ? ExtraInput::none : extra == latent_format().channels ? ExtraInput::pix2pix : ExtraInput::inpainting;
     }
     virtual bool          takes_reference() const { return false; } // whether denoise() may have the input "reference"
+    virtual int           redux_size() const { return 0; } // pixels of a side of what look_at() takes; 0: there is none
     virtual int           size_multiple() const = 0;  // of width and height, in pixels
     virtual int           native_size() const = 0;    // pixels of a side that the denoiser was trained at
 
@@ -106,13 +107,18 @@ class Pipeline {
     virtual Conditioning describe(const PictureSizes &) const { return {}; }
 
     // Graphs of the networks. Inputs: "ids" [n, chunks], of a second encoder "ids_2" and "ends" [chunks]; "latent"
-    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, the conditioning, and "reference" [w, h, C, N], a clean latent of any
-    // size, where takes_reference(); "image" [W, H, 3, N]; "latent" [w, h, C, N].
+    // [w, h, C, N], "time" [N], "guidance" [N] where defaults() have one, the conditioning, and, where takes_reference(),
+    // "reference" [w, h, C, N], a clean latent of any size; "image" [W, H, 3, N]; "latent" [w, h, C, N].
     // The text's outputs: "states" [width, n, chunks], and "pooled" [width, chunks] where the family has it.
     virtual void  text(Graph & g, int clip_skip) const = 0;
     virtual Value denoise(Graph & g) const = 0;
     virtual Value encode_image(Graph & g) const = 0; // mean and log-variance, unscaled
     virtual Value decode_latent(Graph & g) const = 0;
+    // Input "image" [side, side, 3, 1] -> tokens that stand behind the text's [width, n, 1]. Only where redux_size() > 0.
+    virtual Value look_at(Graph & g) const {
+        static_cast<void>(g);
+        return nullptr;
+    }
 };
 
 struct OpenOptions {

@@ -9,6 +9,7 @@
 #include "families/distilled.h"
 #include "families/family.h"
 #include "families/flow_shift.h"
+#include "families/redux.h"
 #include "families/t5_text.h"
 #include "models/clip.h"
 #include "models/vae.h"
@@ -25,7 +26,9 @@ class Flux1 final : public Pipeline {
           clip_(clip_scope_, ClipConfig::read(clip_scope_, true, false, "clip_l")),
           t5_(weights.checkpoint(), weights.root("text_encoders.t5xxl.transformer", "text_encoder_2"),
               options.data_dir),
-          vae_(weights.root("first_stage_model", "vae")) {
+          vae_(weights.root("first_stage_model", "vae")),
+          redux_(Redux::find(weights, weights.root("clip_vision", "image_encoder"),
+                             weights.root("redux", "image_embedder"), flux_.c.context)) {
         weights.check();
         weights.check_all_used({"model.diffusion_model", "transformer"});
         check_fit(weights.checkpoint());
@@ -54,6 +57,9 @@ class Flux1 final : public Pipeline {
     }
 
     bool takes_reference() const override { return flux_.c.guidance && extra_input() == ExtraInput::none; }
+
+    int redux_size() const override { return redux_ ? static_cast<int>(redux_->vision.c.side()) : 0; }
+    Value look_at(Graph & g) const override { return (*redux_)(g, g.input("image")); }
 
     int count_chunks(const Prompt &) const override { return 1; }
     int count_tokens(const std::string & text) const override {
@@ -111,6 +117,7 @@ class Flux1 final : public Pipeline {
     ClipText clip_;
     T5Text t5_;
     Vae vae_;
+    std::optional<Redux> redux_;
     FlowShift shift_{1};
     Defaults defaults_{};
 };

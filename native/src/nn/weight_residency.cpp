@@ -32,7 +32,8 @@ ggml_type resident_type(const Weight & weight) {
     const bool  eighth = type == DType::f8_e4m3 || type == DType::f8_e5m2;
     const bool  half = type == DType::f16 || eighth; // every 8-bit float is exact in f16
     // Products with f16 round what they multiply to f16 first, which ends at 65504.
-    if (type == DType::f64 || vector || mixed || (weight.wide && half) || (kernel && !half)) {
+    const bool turned = weight.transposed && is_quantised(type); // blocks lie along the other dimension
+    if (type == DType::f64 || vector || mixed || turned || (weight.wide && half) || (kernel && !half)) {
         return GGML_TYPE_F32;
     }
     const bool ragged = weight.ne[0] % dtype_info(static_cast<int32_t>(type))->block != 0; // rows are no whole blocks

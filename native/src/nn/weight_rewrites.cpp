@@ -98,12 +98,11 @@ std::vector<WeightStore::Piece> WeightStore::pieces(const Weight & weight) const
 void WeightStore::read_base(const Weight & weight, int64_t first, int64_t n, float * to) const {
     const std::vector<Piece> from = pieces(weight);
     if (weight.transposed) {
-        const DTypeInfo & info = *dtype_info(static_cast<int32_t>(from[0].type));
+        std::vector<float> there(static_cast<size_t>(count(weight.ne)));
+        to_floats(from[0].type, from[0].data, 0, count(weight.ne), there.data());
         for (int64_t i = first; i < first + n; ++i) {
             const int64_t row = i / weight.ne[0], column = i % weight.ne[0];
-            const int64_t there = column * weight.ne[1] + row;
-            to_f32(info.type, from[0].data + static_cast<size_t>(there) * info.block_bytes, to, 1);
-            *to++ *= from[0].scale;
+            *to++ = there[static_cast<size_t>(column * weight.ne[1] + row)] * from[0].scale;
         }
         return;
     }

@@ -151,8 +151,7 @@ bool WeightStore::takes(Weight & weight, const StoredTensor & stored, Shape ne) 
         return false;
     }
     const bool ragged = stored.ne[0] % dtype_info(static_cast<int32_t>(stored.type))->block != 0;
-    if (!is_weight_type(stored.type) || (weight.transposed && is_quantised(stored.type)) ||
-        (ragged && !weight.parts.empty())) {
+    if (!is_weight_type(stored.type) || (ragged && !weight.parts.empty())) {
         misshapen_.push_back(text("%s is of type %s, which holds no weights", stored.name.c_str(),
                                   dtype_name(stored.type)));
         return false;
