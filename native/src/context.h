@@ -132,6 +132,8 @@ class Context {
     std::optional<Tensor> extra_channels(const Request & request, std::vector<float> picture,
                                          const std::optional<Tensor> & mask);
     std::optional<Tensor> encode_reference(const Request & request, int runs);
+    // Pixels of a tile's side that pictures of this size go through the autoencoder in; 0: whole.
+    static int   tile_for(const Request & request, int width, int height);
     Tensor       encode_picture(const std::vector<float> & rgb, int width, int height, int tile);
     void         decode(const Request & request, const Tensor & latent, uint8_t * rgb);
 

@@ -2,6 +2,8 @@
 
 #include "core/error.h"
 
+#include <algorithm>
+
 namespace sd {
 
 extern const Family sd1, sd2, sdxl, flux, sd3;
@@ -9,6 +11,13 @@ extern const Family sd1, sd2, sdxl, flux, sd3;
 const std::vector<const Family *> & families() {
     static const std::vector<const Family *> table{&sd1, &sd2, &sdxl, &flux, &sd3};
     return table;
+}
+
+std::string Family::written() const {
+    std::string out = name;
+    std::transform(out.begin(), out.end(), out.begin(),
+                   [](char c) { return static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c); });
+    return out;
 }
 
 void Pipeline::learn(const std::vector<LearnedText> & words) {

@@ -131,6 +131,8 @@ struct Family {
     const char * name;
     bool (*recognises)(const Checkpoint &);
     std::unique_ptr<Pipeline> (*open)(WeightStore &, const OpenOptions &);
+
+    std::string written() const; // as people write it: "SDXL"
 };
 
 const std::vector<const Family *> & families();
