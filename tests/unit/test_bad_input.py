@@ -309,7 +309,7 @@ def test_a_lora_that_is_cut_while_it_is_read(tiny_sd1: Path, tmp_path: Path) -> 
     wide = {key: np.ones((v.shape[0], rank), np.float32) for key, v in tensors.items() if key.endswith("up.weight")}
     path = lora_files.save(tmp_path / "x.safetensors", {**tall, **wide})
     child = [sys.executable, "-c", CUT_WHILE_READ, str(tiny_sd1), str(path)]
-    done = subprocess.run(child, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(child, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[1]) > 0, "nothing was cut"
 

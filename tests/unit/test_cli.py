@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -309,7 +310,17 @@ def test_a_conversion_that_cannot_be_is_one_sentence(sdcpp, tiny_sd1, arguments,
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_stops_a_conversion_and_leaves_nothing(tiny_sd1, tmp_path):
-    work = "import sdcpp_py.weights.writing as w; w.PIECE = 64; import sdcpp_py.cli as c; print(flush=True); c.main()"
+    work = textwrap.dedent("""
+        import time
+        from sdcpp_py import _native, cli
+        convert = _native.convert_rows
+        def slowly(*arguments):
+            time.sleep(0.5)
+            return convert(*arguments)
+        _native.convert_rows = slowly
+        print(flush=True)
+        cli.main()
+    """)
     arguments = ["convert", str(tiny_sd1), "a.gguf", "--type", "iq4_nl", "--threads", "1"]
     with subprocess.Popen(
         [sys.executable, "-c", work, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
