@@ -68,7 +68,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def interrupt_after(seconds: float) -> Iterator[None]:
-    """As Ctrl-C does it, once, after so much processor time; not where it is lost, in what hangs on garbage collection."""
+    """As Ctrl-C does it, once, after so much processor time; not within garbage collection, where it would be lost."""
     gc.disable()
     before = signal.signal(signal.SIGPROF, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_PROF, seconds)
