@@ -73,11 +73,10 @@ def answers(model: tiny.TinySD1, context: SDContext) -> dict[str, np.ndarray]:
     return {case.network: _native.probe_run(context._native, case.network, **case.inputs) for case in cases}
 
 
-def assert_same_answers(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """Float32 on both sides. One unit of the last place in each changed weight moves these answers by 2e-6 to 8e-6,
-    whatever the kernels, and deltas are rounded once more than weights that come changed: so much twice over."""
+def assert_same_answers(got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    """Float32 on both sides, with other orders of sums."""
     for network, there in want.items():
-        assert_close(got[network], there, 2e-5)
+        assert_close(got[network], there, tolerance)
 
 
 @pytest.fixture(scope="module", params=[SD2, SDXL], ids=["sd2", "sdxl"])
@@ -131,7 +130,11 @@ KINDS = [pytest.param(kind, marks=() if kind in TYPICAL else pytest.mark.slow) f
 def test_a_kind_is_the_change_that_its_formula_says(
     kind: str, model: Model, model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
-    """Also where the module is some rows of a fused weight, or a transposed one."""
+    """Also where the module is some rows of a fused weight, or a transposed one.
+
+    With rescaled OFT one unit of the last place in each changed weight moves the answer by 2e-6 to 8e-6, whatever the
+    kernels, and a delta is rounded once more than a weight that comes changed.
+    """
     makes = reference_lora.KINDS[kind]
     update = model.update(model.paths(makes), makes.make)
     file = save(tmp_path / "lora.safetensors", tensors_of(update, lora_files.numbered))
@@ -139,7 +142,7 @@ def test_a_kind_is_the_change_that_its_formula_says(
     for network in want if makes.linear or makes.norm else ["denoise"]:
         assert relative_rmse(want[network], model.plain[network]) > 1e-3
     for mode, context in model.contexts.items():
-        assert_same_answers(model.answers(mode, {file: 0.8}), want)
+        assert_same_answers(model.answers(mode, {file: 0.8}), want, 2e-5 if kind == "oft-rescaled" else 1e-5)
         (report,) = context.lora_reports
         assert report.is_complete
         assert len(report.applied) == len(update)
