@@ -311,8 +311,9 @@ def test_a_conversion_that_cannot_be_is_one_sentence(sdcpp, tiny_sd1, arguments,
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_stops_a_conversion_and_leaves_nothing(tiny_sd1, tmp_path):
     work = textwrap.dedent("""
-        import time
+        import signal, time
         from sdcpp_py import _native, cli
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
         convert = _native.convert_rows
         def slowly(*arguments):
             time.sleep(0.5)
