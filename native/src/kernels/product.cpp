@@ -12,14 +12,13 @@ namespace {
 
 // Weights that are unpacked at a time, and sums that more channels are added to, stay in the second-level cache together
 // while rows pass by. Few channels at a time and many columns read rows less often; many channels add to sums less often.
-constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10; // bytes
+constexpr int64_t weights_at_once = 384 << 10; // bytes
 // By minimal filtering more time goes into inputs, which every block of columns transforms anew, and into sums: deeper and
 // wider blocks, beside which the sums lie in the third-level cache.
 constexpr int64_t filtered_weights_at_once = 512 << 10, filtered_sums_at_once = 2 << 20;
 constexpr int64_t columns_at_most = 320;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
-// Unpacking a block of weights must be little work beside multiplying by it.
-constexpr int64_t rows_at_least = 512, rows_of_quantised = 4096;
+constexpr int64_t rows_of_quantised = 4096;
 constexpr int64_t filtered_channels = 16, filtered_rows = 64;
 
 int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
@@ -159,7 +158,7 @@ void Product::plan_columns() {
     const int64_t bytes = filtered_ ? filtered_weights_at_once : weights_at_once;
     const int64_t most = std::clamp<int64_t>(bytes / deepest, 1, columns_at_most / set.panel);
     int64_t       blocks = (panels + most - 1) / most;
-    if (rows_ < 2 * rows_at_least) { // then threads share columns
+    if (rows_ < 2 * set.rows) { // then threads share columns
         blocks = std::min(panels, std::max<int64_t>(blocks, 2 * pool.threads()));
     }
     columns_at_once_ = (panels + blocks - 1) / blocks * set.panel;
@@ -261,9 +260,9 @@ int64_t Product::row_at(int64_t share, int64_t shares) const {
 void Product::run(ggml_tensor * out) {
     const int64_t columns = columns_at_once_, across = (columns_ + columns - 1) / columns;
     const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
-    const int64_t most = std::max<int64_t>(rows_ / rows_at_least, 1);
+    const int64_t most = std::max<int64_t>(rows_ / set.rows, 1);
     const bool    quantised = !is_element(parts_.terms.front().weight->type);
-    const int64_t sums = (filtered_ ? filtered_sums_at_once : sums_at_once) / (4 * columns);
+    const int64_t sums = (filtered_ ? filtered_sums_at_once : int64_t{set.rows} << 10) / (4 * columns); // of 256 columns
     const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : sums) : 1;
     const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
     pool.run(across * down, flops(), [&](int64_t number, int thread) {

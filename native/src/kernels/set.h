@@ -106,6 +106,7 @@ struct KernelSet {
     const char * name;
     int          lanes, panel; // floats in a vector, columns in a panel
     int          depth;        // channels times taps that are unpacked and multiplied at a time
+    int          rows;         // at least, that a block of weights is unpacked for: little work beside multiplying by it
     int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
     bool         winograd;     // whether there are forms beside the direct one

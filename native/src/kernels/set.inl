@@ -28,9 +28,11 @@ constexpr int channels_of_number = products_in_bf16 ? 2 : 1;
 #ifdef SD_AMX
 constexpr int channel_step = 32; // of a tile
 constexpr int depth = 512;       // with 32 rows the first-level cache
+constexpr int least_rows = 1024;
 #else
 constexpr int channel_step = channels_of_number;
 constexpr int depth = products_in_bf16 ? 1536 : 768;
+constexpr int least_rows = 512;
 #endif
 
 SD_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -98,8 +100,9 @@ constexpr bool has_winograd = true;
 
 extern const KernelSet SD_SET;
 const KernelSet        SD_SET{
-    SD_SET_NAME, lanes,       panel,   depth,        channel_step, products_in_bf16, has_winograd, panel_bytes, row_scratch,
-    pack,        product,     head_scratch, attention, moments,      affine,           normalise,    activate,    add,
+    SD_SET_NAME, lanes,        panel,       depth,     least_rows, channel_step, products_in_bf16, has_winograd,
+    panel_bytes, row_scratch,  pack,        product,   head_scratch, attention,  moments,          affine,
+    normalise,   activate,     add,
 };
 
 } // namespace sd
