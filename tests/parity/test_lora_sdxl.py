@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import tiny
 import tiny_sdxl
 from cases import SD2, SDXL, Case, denoise, text
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 
 from sdcpp_py import SDContext, _native
 
@@ -33,12 +36,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "text_projection", "to_q", 
 
 @dataclass
 class Part:
-    """One network: torch's, and the engine's in each mode."""
+    """One network of torch's, and the same of the engine."""
 
     model: tiny.TinySD1
     name: str
     network: Any
-    contexts: dict[str, SDContext]
 
     @property
     def cases(self) -> list[Case]:
@@ -68,10 +70,10 @@ class Part:
             return out.hidden_states[-2].numpy()[None]
         return out.last_hidden_state.numpy()[None]
 
-    def engine(self, mode: str) -> list[np.ndarray]:
+    def engine(self, context: SDContext) -> list[np.ndarray]:
         out = []
         for case in self.cases:
-            got = _native.probe_run(self.contexts[mode]._native, case.network, **case.inputs)
+            got = _native.probe_run(context._native, case.network, **case.inputs)
             if case.network == "text" and self.model.text_2_width:  # both encoders side by side
                 first = self.model.text_width
                 got = got[..., :first] if self.name == "text_encoder" else got[..., first:]
@@ -79,14 +81,31 @@ class Part:
         return out
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A file, and what torch's network answers without and with it."""
+
+    part: Part
+    file: Path
+    plain: list[np.ndarray]
+    want: list[np.ndarray]
+
+
 @pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[tiny.TinySD1], dict[str, SDContext]]]:
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
     folder = tmp_path_factory.mktemp("single")
+    return cache(lambda model: tiny_sdxl.write_single(model, folder / f"{abs(hash(model)):x}.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def contexts(
+    all_kernels: Kernels, single: Callable[[tiny.TinySD1], Path]
+) -> Iterator[Callable[[tiny.TinySD1], dict[str, SDContext]]]:
     opened: dict[tiny.TinySD1, dict[str, SDContext]] = {}
 
     def of(model: tiny.TinySD1) -> dict[str, SDContext]:
         if model not in opened:
-            path = tiny_sdxl.write_single(model, folder / f"{len(opened)}.safetensors")
+            path = single(model)
             opened[model] = {mode: SDContext(path, threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
         return opened[model]
 
@@ -96,30 +115,40 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[tin
             context.close()
 
 
-@pytest.fixture(params=PARTS)
-def part(
-    request: pytest.FixtureRequest,
-    tiny_folder: Callable[..., Path],
-    contexts: Callable[[tiny.TinySD1], dict[str, SDContext]],
-) -> Part:
+@pytest.fixture(scope="module")
+def untouched(tiny_folder: Callable[..., Path]) -> Callable[[str], Part]:
+    """That part without any adapter, a new one each time."""
     from reference_networks import open_parts
 
-    model, name = PARTS[request.param]
-    return Part(model, name, open_parts(tiny_folder(model))[name], contexts(model))
+    parts = cache(lambda model: open_parts(tiny_folder(model)))
+
+    def part(name: str) -> Part:
+        model, component = PARTS[name]
+        return Part(model, component, copy.deepcopy(parts(model)[component]))
+
+    return part
 
 
-def assert_engine_agrees(part: Part, file: Path, plain: list[np.ndarray], want: list[np.ndarray]) -> None:
+@pytest.fixture
+def assert_engine_agrees(
+    contexts: Callable[[tiny.TinySD1], dict[str, SDContext]], all_kernels: Kernels
+) -> Callable[[Adapted], None]:
     """In both modes, and without a trace after it."""
-    assert relative_rmse(want[-1], plain[-1]) > 1e-3, "the adapter has no effect"
-    for mode, context in part.contexts.items():
-        context.apply_loras({file: 1.0})
-        (report,) = context.lora_reports
-        assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
-        for got, there in zip(part.engine(mode), want, strict=True):
-            assert_close(got, there, 1e-5)
-        context.apply_loras({})
-        for got, there in zip(part.engine(mode), plain, strict=True):
-            assert_close(got, there, 1e-5)
+
+    def agrees(adapted: Adapted) -> None:
+        part, tolerance = adapted.part, all_kernels.tolerance(1e-5)
+        assert relative_rmse(adapted.want[-1], adapted.plain[-1]) > 1e-3, "the adapter has no effect"
+        for context in contexts(part.model).values():
+            context.apply_loras({adapted.file: 1.0})
+            (report,) = context.lora_reports
+            assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
+            for got, there in zip(part.engine(context), adapted.want, strict=True):
+                assert_close(got, there, tolerance)
+            context.apply_loras({})
+            for got, there in zip(part.engine(context), adapted.plain, strict=True):
+                assert_close(got, there, tolerance)
+
+    return agrees
 
 
 def randomise(module: Any, size: float) -> None:
@@ -140,9 +169,21 @@ PEFT = {
 }
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", PEFT)
-def test_what_diffusers_saves(name: str, part: Part, tmp_path: Path) -> None:
+def test_what_diffusers_saves(
+    name: str,
+    part: str,
+    untouched: Callable[[str], Part],
+    assert_engine_agrees: Callable[[Adapted], None],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """One component's adapter of peft in the file of a pipeline, with alpha and ranks in its metadata."""
+    assert_engine_agrees(once(lambda: adapted_by_peft(name, untouched(part), tmp_path), "peft", name, part))
+
+
+def adapted_by_peft(name: str, part: Part, folder: Path) -> Adapted:
     import diffusers
     import peft
 
@@ -159,12 +200,12 @@ def test_what_diffusers_saves(name: str, part: Part, tmp_path: Path) -> None:
     want = part.truth()
     kind = diffusers.StableDiffusionXLPipeline if part.model.text_2_width else diffusers.StableDiffusionPipeline
     kind.save_lora_weights(
-        tmp_path,
+        folder,
         **{f"{part.name}_lora_layers": peft.get_peft_model_state_dict(part.network)},
         **{f"{part.name}_lora_adapter_metadata": part.network.peft_config["default"].to_dict()},
     )
-    (file,) = tmp_path.glob("*.safetensors")
-    assert_engine_agrees(part, file, plain, want)
+    (file,) = folder.glob("*.safetensors")
+    return Adapted(part, file, plain, want)
 
 
 LYCORIS: dict[str, tuple[float, dict[str, Any]]] = {  # the size of random factors, and options
@@ -180,10 +221,22 @@ LYCORIS: dict[str, tuple[float, dict[str, Any]]] = {  # the size of random facto
 }
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", LYCORIS)
-def test_lycoris_networks(name: str, part: Part, tmp_path: Path) -> None:
+def test_lycoris_networks(
+    name: str,
+    part: str,
+    untouched: Callable[[str], Part],
+    assert_engine_agrees: Callable[[Adapted], None],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """All modules of a network, under the prefix by which kohya's trainer tells encoders apart."""
-    lycoris = pytest.importorskip("lycoris")
+    assert_engine_agrees(once(lambda: adapted_by_lycoris(name, untouched(part), tmp_path), "lycoris", name, part))
+
+
+def adapted_by_lycoris(name: str, part: Part, folder: Path) -> Adapted:
+    import lycoris
     from safetensors.torch import save_file
 
     plain = part.truth()
@@ -196,10 +249,10 @@ def test_lycoris_networks(name: str, part: Part, tmp_path: Path) -> None:
     wrapper.to(dtype)
     want = part.truth(dtype)
     wrapper.float()
-    file = tmp_path / "lycoris.safetensors"
+    file = folder / "lycoris.safetensors"
     renamed = {
         key.replace("lycoris_", PREFIXES[part.name], 1): value.contiguous()
         for key, value in wrapper.state_dict().items()
     }
     save_file(renamed, file)
-    assert_engine_agrees(part, file, plain, want)
+    return Adapted(part, file, plain, want)
