@@ -73,24 +73,23 @@ def all_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 
 
 @pytest.fixture(scope="module")
-def once() -> Callable[..., Any]:
-    """What does not depend on the kernels, such as torch's answer: once(make, *key) makes it for a module once."""
-    made: dict[Any, Any] = {}
+def _made() -> dict[object, Any]:
+    return {}
 
-    def get(make: Callable[[], Any], *key: Any) -> Any:
-        if key not in made:
-            made[key] = make()
-        return made[key]
+
+@pytest.fixture
+def once(request: pytest.FixtureRequest, _made: dict[object, Any]) -> Callable[..., Any]:
+    """What a test needs that does not depend on the kernels, such as torch's answer: once(make) is made for the first
+    set and kept for the others. Where a test needs several, each has a key: once(make, "pixels")."""
+    case = {name: index for name, index in request.node.callspec.indices.items() if name not in KERNELS}
+
+    def get(make: Callable[[], Any], key: object = None) -> Any:
+        whole = (request.function.__name__, *sorted(case.items()), key)
+        if whole not in _made:
+            _made[whole] = make()
+        return _made[whole]
 
     return get
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hashes of files that tests make are kept beside them, not in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def computing_on() -> tuple[str, str]:

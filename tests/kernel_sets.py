@@ -18,9 +18,10 @@ class Kernels:
     def __str__(self) -> str:
         return self.name if self.precision == "f32" else f"{self.name}-{self.precision}"
 
-    def tolerance(self, in_f32: float) -> float:
-        """That of float32, or 2e-2: bf16 rounds factors by up to 2^-9, which comes to some 1 % over a network."""
-        return in_f32 if self.precision == "f32" else 2e-2
+    def tolerance(self, in_f32: float, of_torch: float = 0.0) -> float:
+        """That of float32, or 2e-2: bf16 rounds factors by up to 2^-9, which comes to some 1 % over a network. Where
+        torch's own bfloat16 is further than that from its float32, so may ours be; a tenth is left to luck."""
+        return in_f32 if self.precision == "f32" else max(2e-2, 1.1 * of_torch)
 
 
 AVX2 = {"avx2", "fma", "f16c"}

@@ -35,7 +35,7 @@ def test_a_network_matches_diffusers(
     case: cases_dit.Case, dit: Callable[..., SDContext], truth: Any, once: Callable[..., Any]
 ) -> None:
     """Float32 on both sides: what remains is the order of sums, some 1e-6 over a few dozen layers."""
-    want = once(lambda: truth(case.model).network(case), case.name)
+    want = once(lambda: truth(case.model).network(case))
     assert_close(
         _native.probe_run(dit(case.model)._native, case.network, **case.inputs).reshape(want.shape), want, 1e-5
     )
@@ -48,7 +48,7 @@ def test_f16_weights_stay_close(case: cases_dit.Case, truth: Any, once: Callable
     folder = lora_dit.family(case.model).write_folder(case.model, tmp_path, dtype="float16")
     with SDContext(folder, threads=1) as context:
         got = _native.probe_run(context._native, case.network, **case.inputs)
-    assert_close(got, once(lambda: truth(case.model).network(case), case.name), 5e-3)
+    assert_close(got, once(lambda: truth(case.model).network(case)), 5e-3)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -58,7 +58,7 @@ def test_a_run_matches_diffusers(
 ) -> None:
     context = dit(run.model)
     context.generate(**run.request())
-    want = once(lambda: truth(run.model).run(run), run.name)
+    want = once(lambda: truth(run.model).run(run))
     assert_close(_native.probe_latent(context._native), want, 1e-4)
 
 
@@ -77,7 +77,7 @@ def test_redux_matches_diffusers(
         want = reference_redux.with_picture(empty, torch.zeros(1, FLUX.pooled), picture).numpy()
         assert_close(_native.probe_run(context._native, "redux", image=image).reshape(want.shape), want, 1e-5)
         context.generate(**cases_dit.REDUX.request())
-        want = once(lambda: truth(FLUX).run(cases_dit.REDUX), "redux")
+        want = once(lambda: truth(FLUX).run(cases_dit.REDUX))
         assert_close(_native.probe_latent(context._native), want, 1e-4)
 
 
@@ -108,7 +108,7 @@ def test_a_folders_schedule_is_followed(
         (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
         return tmp_path, truth.run(run)
 
-    folder, want = once(followed, str(scheduler), model)
+    folder, want = once(followed)
     arguments = {**run.arguments, "scheduler": "normal" if model is SD3 else "simple"}
     with SDContext(folder, threads=1) as context:
         context.generate(**{**run.request(), **arguments})
@@ -150,7 +150,7 @@ def test_loras_act_as_diffusers_has_them(
 ) -> None:
     """On all modules of the plain model; on Fill diffusers fills the missing input features up with zeros."""
     case = cases_dit.denoise("lora", model, 6, 4, [500.0])
-    file, want = once(lambda: adapted_by_diffusers(model, pipeline, case, tmp_path), model)
+    file, want = once(lambda: adapted_by_diffusers(model, pipeline, case, tmp_path))
     context = dit(model)
     context.apply_loras([(str(file), 0.7)])
     got = _native.probe_run(context._native, case.network, **case.inputs)

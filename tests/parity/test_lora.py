@@ -61,6 +61,13 @@ def randomise(module: Any, size: float = 0.3) -> None:
                 parameter.copy_(torch.randn_like(parameter) * size)
 
 
+def fine_tune(module: Any) -> None:
+    """Weights that are trained themselves stay near those that they began with."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
 def compare(layer: Any, factors: reference_lora.Factors, x: Any, got: np.ndarray, tolerance: float = 1e-5) -> None:
     """The layer's output, theirs in float32 against the formulas in float64."""
     weight, bias = (None if p is None else p.detach().numpy().astype(np.float64) for p in (layer.weight, layer.bias))
@@ -268,31 +275,33 @@ def untouched(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Callable[[str], An
     return lambda part: copy.deepcopy(networks(part))
 
 
-def run_unet(network: Any) -> np.ndarray:
-    inputs = {name: torch.from_numpy(values) for name, values in UNET_INPUTS.inputs.items()}
+def run_unet(network: Any, dtype: Any = torch.float32) -> np.ndarray:
+    inputs = {name: torch.from_numpy(values).to(dtype) for name, values in UNET_INPUTS.inputs.items()}
     with torch.no_grad():
-        return network(inputs["latent"], inputs["time"], inputs["text"]).sample.numpy()
+        return network.to(dtype)(inputs["latent"], inputs["time"], inputs["text"]).sample.float().numpy()
 
 
-def run_text(network: Any) -> np.ndarray:
+def run_text(network: Any, dtype: Any = torch.float32) -> np.ndarray:
     ids = torch.from_numpy(TEXT_INPUTS.inputs["ids"]).long()
     with torch.no_grad():
-        return network(ids).last_hidden_state.numpy()[None]
+        return network.to(dtype)(ids).last_hidden_state.float().numpy()[None]
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A file, and what torch's network answers without and with it."""
+    """A file, what torch's network answers without and with it, and its own error there in bfloat16."""
 
     file: Path
     case: Any
     plain: np.ndarray
     want: np.ndarray
+    rounded: float
 
 
-def assert_engine_agrees(contexts: dict[str, SDContext], adapted: Adapted, tolerance: float) -> None:
+def assert_engine_agrees(contexts: dict[str, SDContext], kernels: Kernels, adapted: Adapted) -> None:
     """In each mode, and without a trace after it."""
     network, inputs = adapted.case.network, adapted.case.inputs
+    tolerance = kernels.tolerance(1e-5, of_torch=adapted.rounded)
     assert relative_rmse(adapted.want, adapted.plain) > 1e-3, "the adapter has no effect"
     for context in contexts.values():
         context.apply_loras({adapted.file: 1.0})
@@ -300,7 +309,7 @@ def assert_engine_agrees(contexts: dict[str, SDContext], adapted: Adapted, toler
         assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
         assert_close(_native.probe_run(context._native, network, **inputs), adapted.want, tolerance)
         context.apply_loras({})
-        assert_close(_native.probe_run(context._native, network, **inputs), adapted.plain, tolerance)
+        assert_close(_native.probe_run(context._native, network, **inputs), adapted.plain, kernels.tolerance(1e-5))
 
 
 def of_part(part: str, untouched: Callable[[str], Any]) -> tuple[Any, Callable[[Any], np.ndarray], Any]:
@@ -330,8 +339,8 @@ def test_peft_networks(
     tmp_path: Path,
 ) -> None:
     """A folder as peft saves it, on attention, on convolutions, and on the text encoder."""
-    adapted = once(lambda: adapted_by_peft(name, part, untouched, tmp_path / "adapter"), "peft", name, part)
-    assert_engine_agrees(contexts, adapted, all_kernels.tolerance(1e-5))
+    adapted = once(lambda: adapted_by_peft(name, part, untouched, tmp_path / "adapter"))
+    assert_engine_agrees(contexts, all_kernels, adapted)
 
 
 def adapted_by_peft(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:
@@ -348,7 +357,8 @@ def adapted_by_peft(name: str, part: str, untouched: Callable[[str], Any], folde
     randomise_peft(model)
     want = run(model.base_model.model)
     model.save_pretrained(folder)
-    return Adapted(folder, case, plain, want)
+    rounded = relative_rmse(run(model.base_model.model, torch.bfloat16), want)
+    return Adapted(folder, case, plain, want, rounded)
 
 
 def test_a_lora_that_diffusers_saves(
@@ -359,8 +369,8 @@ def test_a_lora_that_diffusers_saves(
     tmp_path: Path,
 ) -> None:
     """Both components in one file, with alpha and rank in its metadata."""
-    for adapted in once(lambda: adapted_by_diffusers(untouched, tmp_path), "diffusers"):
-        assert_engine_agrees(contexts, adapted, all_kernels.tolerance(1e-5))
+    for adapted in once(lambda: adapted_by_diffusers(untouched, tmp_path)):
+        assert_engine_agrees(contexts, all_kernels, adapted)
 
 
 def adapted_by_diffusers(untouched: Callable[[str], Any], folder: Path) -> list[Adapted]:
@@ -383,8 +393,9 @@ def adapted_by_diffusers(untouched: Callable[[str], Any], folder: Path) -> list[
         text_encoder_lora_adapter_metadata=text_encoder.peft_config["default"].to_dict(),
     )
     (file,) = folder.glob("*.safetensors")
-    cases = zip((UNET_INPUTS, TEXT_INPUTS), plain, want, strict=True)
-    return [Adapted(file, case, before, there) for case, before, there in cases]
+    rounded = run_unet(unet, torch.bfloat16), run_text(text_encoder, torch.bfloat16)
+    cases = zip((UNET_INPUTS, TEXT_INPUTS), plain, want, rounded, strict=True)
+    return [Adapted(file, case, before, there, relative_rmse(half, there)) for case, before, there, half in cases]
 
 
 LYCORIS_NETWORKS: dict[str, dict[str, Any]] = {
@@ -419,8 +430,8 @@ def test_lycoris_networks(
     tmp_path: Path,
 ) -> None:
     """All modules of a network, in the file that the wrapper writes."""
-    adapted = once(lambda: adapted_by_lycoris(name, part, untouched, tmp_path), "lycoris", name, part)
-    assert_engine_agrees(contexts, adapted, all_kernels.tolerance(1e-5))
+    adapted = once(lambda: adapted_by_lycoris(name, part, untouched, tmp_path))
+    assert_engine_agrees(contexts, all_kernels, adapted)
 
 
 def adapted_by_lycoris(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:
@@ -433,8 +444,12 @@ def adapted_by_lycoris(name: str, part: str, untouched: Callable[[str], Any], fo
     dims = {"linear_dim": 4, "linear_alpha": 2.0, "conv_dim": 4, "conv_alpha": 2.0}
     wrapper = lycoris.create_lycoris(network, 1.0, **dims, **options)
     wrapper.apply_to()
-    randomise(wrapper, 0.02 if options["algo"] == "full" else 0.1)
+    if options["algo"] == "full":
+        fine_tune(wrapper)
+    else:
+        randomise(wrapper, 0.1)
     want = run(network)
     file = folder / "lycoris.safetensors"
     save_file({key: value.contiguous() for key, value in wrapper.state_dict().items()}, file)
-    return Adapted(file, case, plain, want)
+    wrapper.to(torch.bfloat16)
+    return Adapted(file, case, plain, want, relative_rmse(run(network, torch.bfloat16), want))

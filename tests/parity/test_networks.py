@@ -32,23 +32,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.name)
 def test_a_network_matches_diffusers(case: Case, probe: Callable[..., np.ndarray], reference, once) -> None:
     """Float32 on both sides: what remains is the order of sums, some 1e-6 over a few dozen layers."""
-    want = once(lambda: reference.run(case), case.name)
+    want = once(lambda: reference.run(case))
     assert_close(probe(case.model, case.network, **case.inputs), want, tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")
-def half(
-    kernels: Kernels, once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[tiny.TinySD1], _native.Context]:
-    """A tiny model with weights of f16, opened at its first use."""
+def half_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
+    return cache(lambda model: tiny.write_folder(model, tmp_path_factory.mktemp("half"), dtype="float16"))
 
-    def folder(model: tiny.TinySD1) -> Path:
-        return tiny.write_folder(model, tmp_path_factory.mktemp("half"), dtype="float16")
+
+@pytest.fixture(scope="module")
+def half(kernels: Kernels, half_folder: Callable[[tiny.TinySD1], Path]) -> Callable[[tiny.TinySD1], _native.Context]:
+    """A tiny model with weights of f16, opened at its first use."""
 
     @cache
     def context(model: tiny.TinySD1) -> _native.Context:
-        path = once(lambda: folder(model), "folder", model)
-        return _native.Context(str(path), data_dir=str(data_dir()), threads=1)
+        return _native.Context(str(half_folder(model)), data_dir=str(data_dir()), threads=1)
 
     return context
 
@@ -68,9 +67,9 @@ def test_f16_weights(
     such a weight: as many roundings, of the same 2^-11, as those of the weights, whose effect on this network the two
     references tell. Twice that effect, for it is one sample."""
     context = half(case.model)
-    want = once(lambda: half_reference.run(case), "half", case.name)
+    want = once(lambda: half_reference.run(case), "half")
     exact = context.info()["kernels"] != "reference"
-    tolerance = 1e-5 if exact else 2 * relative_rmse(want, once(lambda: reference.run(case), case.name))
+    tolerance = 1e-5 if exact else 2 * relative_rmse(want, once(lambda: reference.run(case)))
     assert_close(_native.probe_run(context, case.network, **case.inputs), want, tolerance)
 
 

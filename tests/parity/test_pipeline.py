@@ -166,16 +166,16 @@ def test_text_to_image(name: str, size: tuple[int, int], context: SDContext, tru
     # A scheduler in variance-preserving variables begins with noise of size 1, where we begin with sigma's share.
     share = (1 - theirs.alphas_cumprod[-1]) ** 0.5 if float(theirs.init_noise_sigma) == 1 else 1
     start = noise(height, width) * share
-    want = once(lambda: truth.paint("StableDiffusionPipeline", theirs, latents=start), name, size)
+    want = once(lambda: truth.paint("StableDiffusionPipeline", theirs, latents=start))
     assert_close(latent_of(context), want, tolerance=1e-3)
-    assert_same_pixels(image, once(lambda: truth.decode(want)[0], "pixels", name, size))
+    assert_same_pixels(image, once(lambda: truth.decode(want)[0], "pixels"))
 
 
 @pytest.mark.usefixtures("kernels")
 def test_v_prediction(tiny_folder: Callable[[tiny.TinySD1], Path], once: Once) -> None:
     folder = tiny_folder(tiny.TinySD1(prediction="v_prediction"))
     theirs = scheduler("euler", "v_prediction")
-    want = once(lambda: Truth(folder).paint("StableDiffusionPipeline", theirs, latents=noise(64, 64)), "v")
+    want = once(lambda: Truth(folder).paint("StableDiffusionPipeline", theirs, latents=noise(64, 64)))
     with SDContext(folder, threads=1) as context:
         assert context.info.prediction == "v"
         context.generate(PROMPT, NEGATIVE, steps=STEPS, cfg_scale=5.0, seed=SEED, sampler="euler", scheduler="normal")
@@ -185,7 +185,7 @@ def test_v_prediction(tiny_folder: Callable[[tiny.TinySD1], Path], once: Once) -
 def test_without_guidance(context: SDContext, truth: Truth, once: Once) -> None:
     """cfg_scale 1 runs the denoiser on the prompt alone."""
     context.generate(PROMPT, NEGATIVE, steps=STEPS, cfg_scale=1.0, seed=SEED, sampler="euler", scheduler="normal")
-    want = once(lambda: truth.paint_states(truth.states(PROMPT), STEPS), "without guidance")
+    want = once(lambda: truth.paint_states(truth.states(PROMPT), STEPS))
     assert_close(latent_of(context), want, tolerance=1e-3)
 
 
@@ -215,8 +215,6 @@ def test_image_to_image(strength: float, context: SDContext, truth: Truth, once:
             strength=strength,
             generator=torch.Generator().manual_seed(SEED),
         ),
-        "image to image",
-        strength,
     )
     assert_close(latent_of(context), want, tolerance=1e-3)
 
@@ -226,7 +224,7 @@ def test_inpainting_with_a_model_made_for_it(tiny_folder: Callable[[tiny.TinySD1
     """Nine input channels: latent, mask, and the picture with grey where the mask is."""
     import torch
 
-    truth = once(lambda: Truth(tiny_folder(SD1_DEEP)), SD1_DEEP)
+    truth = once(lambda: Truth(tiny_folder(SD1_DEEP)), "truth")
     mask = np.zeros((64, 80), np.uint8)
     mask[16:48, 24:64] = 255
     with SDContext(tiny_folder(SD1_DEEP), threads=1) as context:
@@ -250,7 +248,7 @@ def test_inpainting_with_a_model_made_for_it(tiny_folder: Callable[[tiny.TinySD1
         mask_image=torch.from_numpy(mask[None, None].astype(np.float32) / 255),
         masked_image_latents=torch.from_numpy(truth.encode(shown)),
         latents=noise(64, 80),
-    ), "inpainting")  # fmt: skip
+    ))  # fmt: skip
     inside = np.repeat(mask[::8, ::8][None, None] > 0, 4, axis=1)
     assert got.shape == want.shape
     assert np.array_equal(np.asarray(image)[mask == 0], PICTURE[mask == 0])
@@ -269,5 +267,5 @@ def test_a_prompt_of_several_chunks_and_weights(context: SDContext, truth: Truth
     weights[:, 1:3] = 1.5
     weighted = second * weights
     weighted = weighted * (second.mean() / weighted.mean())
-    want = once(lambda: truth.paint_states(torch.cat([first, weighted], dim=1), 2), "chunks")
+    want = once(lambda: truth.paint_states(torch.cat([first, weighted], dim=1), 2))
     assert_close(latent_of(context), want, tolerance=1e-3)

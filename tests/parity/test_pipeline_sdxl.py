@@ -113,9 +113,9 @@ def pair(
 def test_text_to_image(pair: tuple[SDContext, Truth], once: Once) -> None:
     context, truth = pair
     image = context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
-    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64), truth.model)
+    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64))
     assert_close(latent_of(context), want, tolerance=1e-3)
-    picture = once(lambda: truth.decode(want)[0], "pixels", truth.model)
+    picture = once(lambda: truth.decode(want)[0], "pixels")
     levels = np.abs(np.asarray(image).astype(int) - picture.astype(int))
     assert np.mean(levels <= 1) >= 0.999
 
@@ -145,8 +145,8 @@ def test_sizes_that_sdxl_is_told(
 ) -> None:
     ours, theirs = SIZES[told]
     truth = truth_of(SDXL)
-    usual = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64), SDXL)
-    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64, **theirs), told)
+    usual = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64), "usual")
+    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64, **theirs))
     assert relative_rmse(want, usual) > 0.01, "the sizes have no effect"
     with SDContext(tiny_folder(SDXL), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST, **ours)
@@ -168,8 +168,6 @@ def test_image_to_image(pair: tuple[SDContext, Truth], once: Once) -> None:
             generator=torch.Generator().manual_seed(SEED),
             **size,
         ),
-        "image to image",
-        truth.model,
     )
     assert_close(latent_of(context), want, tolerance=1e-3)
 
@@ -197,8 +195,6 @@ def test_a_model_made_for_inpainting_repaints_all(
             width=64,
             height=64,
         ),
-        "inpainting",
-        model,
     )
     assert_close(got, want, tolerance=1e-3)
 
@@ -214,7 +210,7 @@ def test_zero_terminal_snr(
     truth = truth_of(SDXL_V)
     size = {"num_inference_steps": 10, "width": 96, "height": 64, "spacing": "trailing"}
     # diffusers scales the first latent by the highest sigma itself.
-    want = once(lambda: truth.paint(latents=noise(64, 96), guidance_rescale=rescale, **size), "snr", rescale)
+    want = once(lambda: truth.paint(latents=noise(64, 96), guidance_rescale=rescale, **size))
     with SDContext(tiny_folder(SDXL_V), threads=1) as context:
         assert (context.info.prediction, context.info.zero_snr) == ("v", True)
         context.generate(PROMPT, NEGATIVE, **ZERO_SNR, guidance_rescale=rescale)
@@ -228,7 +224,7 @@ def test_zero_terminal_snr(
 
 
 def test_ssd_1b_paints(tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once) -> None:
-    want = once(lambda: truth_of(SSD_1B).paint(latents=noise(64, 96), width=96, height=64), SSD_1B)
+    want = once(lambda: truth_of(SSD_1B).paint(latents=noise(64, 96), width=96, height=64))
     with SDContext(tiny_folder(SSD_1B), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
         assert_close(latent_of(context), want, tolerance=1e-4)
@@ -239,7 +235,7 @@ def test_multipliers_of_each_part_are_diffusers(
     mode: str, tiny_folder: Callable[..., Path], once: Once, tmp_path: Path
 ) -> None:
     """kohya's lora_te1_, lora_te2_ and lora_unet_ as set_adapters weighs the same factors."""
-    loras, want = once(lambda: weighed_by_diffusers(tiny_folder(SDXL), tmp_path), "multipliers")
+    loras, want = once(lambda: weighed_by_diffusers(tiny_folder(SDXL), tmp_path))
     with SDContext(tiny_folder(SDXL), lora_dir=loras, lora_mode=mode, threads=1) as context:
         request = REQUEST | {"width": 64, "height": 64}
         context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
@@ -287,7 +283,7 @@ def test_more_text_than_one_window(
     tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once
 ) -> None:
     """SDXL: chunks side by side, weights by encoder, the picture's vector from the first chunk."""
-    want = once(lambda: painted_of_two_windows(truth_of(SDXL)), "two windows")
+    want = once(lambda: painted_of_two_windows(truth_of(SDXL)))
     with SDContext(tiny_folder(SDXL), threads=1) as context:
         request = REQUEST | {"steps": 2, "cfg_scale": 1.0, "width": 64, "height": 64}
         context.generate("a red heart BREAK (blue sea:1.5)", **request)

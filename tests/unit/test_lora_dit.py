@@ -22,6 +22,7 @@ from tiny_dit import Tensors
 from sdcpp_py import BadArgument, BadFile, SDContext, _native
 
 TOLERANCE = 1e-5  # float32 on both sides: the order of sums
+pytestmark = pytest.mark.usefixtures("kernels")
 
 Opens = Callable[..., SDContext]
 
@@ -452,7 +453,7 @@ def test_weights_that_are_written(mode: str, dit_with: Callable[..., SDContext],
     update = lora_dit.random_update(FLUX, split(FLUX, matrices(FLUX)))
     want = denoise(dit_with(FLUX, lora_dit.merged(FLUX, (update, 0.7))), FLUX)
     path = lora_dit.write(peft("transformer.")(update), tmp_path / "all.safetensors")
-    with SDContext(dit(FLUX)._path, threads=1, precision="f32", lora_mode=mode) as context:
+    with SDContext(dit(FLUX)._path, threads=1, lora_mode=mode) as context:
         fingerprint = context.fingerprint()
         context.apply_loras([(str(path), 0.7)])
         assert_close(denoise(context, FLUX), want, TOLERANCE)
