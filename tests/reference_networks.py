@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,9 @@ class Reference:
     def run(self, case: cases.Case, precision: torch.dtype = torch.float32) -> np.ndarray:
         """What the probe should give for this case, in its shape, computed in that precision."""
         parts = self.open(case.model)
-        for part in parts.values():
-            part.to(precision)
-        try:
-            return self._run(case, parts, precision).float().numpy()
-        finally:
-            if precision != torch.float32:  # which rounded the weights
-                self.open.cache_clear()
+        if precision != torch.float32:  # which rounds the weights
+            parts = {name: copy.deepcopy(part).to(precision) for name, part in parts.items()}
+        return self._run(case, parts, precision).float().numpy()
 
     @torch.no_grad()
     def _run(self, case: cases.Case, parts: dict[str, Any], precision: torch.dtype) -> torch.Tensor:
