@@ -42,12 +42,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--kernels") == "best":
+    if config.getoption("--kernels") in ("best", "all"):
         return
     differ = [item for item in items if KERNELS.keys() & set(getattr(item, "fixturenames", ()))]
-    if config.getoption("--kernels") != "all":
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(differ)])
-        items[:] = differ
+    config.hook.pytest_deselected(items=[item for item in items if item not in differ])
+    items[:] = differ
 
 
 def _on(kernels: Kernels) -> Iterator[Kernels]:
@@ -130,6 +129,7 @@ def probe(native: Callable[..., _native.Context], kernels: Kernels) -> Callable[
     """Runs one network of a tiny model alone: probe(model, network, **inputs)."""
 
     def run(model: tiny.TinySD1, network: str, **inputs: np.ndarray) -> np.ndarray:
+        assert native(model).info()["kernels"] == kernels.name
         return _native.probe_run(native(model), network, **inputs)
 
     return run

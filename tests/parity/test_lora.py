@@ -259,6 +259,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 def contexts(all_kernels: Kernels, tiny_folder: Callable[[tiny.TinySD1], Path]) -> Iterator[dict[str, SDContext]]:
     """One that adds the change to each product, and one that writes it into the resident weights."""
     opened = {mode: SDContext(tiny_folder(SD1), threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
+    for context in opened.values():
+        assert (context.info.kernels, context.info.precision) == (all_kernels.name, all_kernels.precision)
     yield opened
     for context in opened.values():
         context.close()

@@ -16,6 +16,7 @@ import pytest
 import reference_lora
 from cases_dit import FLUX, FLUX_FILL, FLUX_SCHNELL, SD3, SD35_MEDIUM
 from closeness import assert_close
+from kernel_sets import Kernels
 from lora_dit import Update, denoise, kohya, matrices, peft, split
 from tiny_dit import Tensors
 
@@ -328,8 +329,14 @@ def write_gguf(weights: Tensors, path: Path, kind: gguf.GGMLQuantizationType) ->
     return path, meant
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_case_32_turbo_alpha_on_fill(kind: str, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+# ggml's own products round what they multiply as the weights are: to 11 bits, or to 127 steps of a block's largest.
+ROUNDED = {"F16": 5e-3, "Q8_0": 4e-2, "Q4_0": 4e-2}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_case_32_turbo_alpha_on_fill(
+    kind: str, kernels: Kernels, dit_with: Callable[..., SDContext], tmp_path: Path
+) -> None:
     """The first 64 of 384 input features change, and nothing is left when the prompt drops it."""
     file, meant = write_gguf(lora_dit.original(FLUX_FILL), tmp_path / "fill.gguf", gguf.GGMLQuantizationType[kind])
     update = turbo()
@@ -341,7 +348,7 @@ def test_case_32_turbo_alpha_on_fill(kind: str, dit_with: Callable[..., SDContex
         assert report.padded == ["transformer.x_embedder: 64 of 384 input features"]
         assert (report.unmatched, report.skipped) == ([], [])
         context.apply_loras([(str(path), 1.0)])
-        assert_close(denoise(context, FLUX_FILL), want, TOLERANCE)
+        assert_close(denoise(context, FLUX_FILL), want, ROUNDED[kind] if kernels.name == "reference" else TOLERANCE)
         context.apply_loras([])
         np.testing.assert_array_equal(denoise(context, FLUX_FILL), base)
         assert context.fingerprint() == fingerprint

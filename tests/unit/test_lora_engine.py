@@ -83,6 +83,7 @@ def folder(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Path:
 def contexts(folder: Path, kernels: Kernels) -> Iterator[dict[str, SDContext]]:
     """A context of each mode on the tiny model."""
     opened = {mode: SDContext(folder, threads=1, lora_mode=mode) for mode in (*MODES, "diff")}
+    assert {context.info.kernels for context in opened.values()} == {kernels.name}
     yield opened
     for context in opened.values():
         context.close()
