@@ -55,10 +55,8 @@ def test_a_processor_for_which_ggml_was_not_built(processor: str, lacks: str, tm
     assert "which this one lacks" in " ".join(doctor.split())
 
 
-@pytest.mark.parametrize(
-    ("kernels", "want"), [("", "avx2 f32"), ("reference", "reference f32"), ("plain", "plain f32")]
-)
-def test_a_processor_with_avx2_alone(kernels: str, want: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "want"), [("", "avx2 f32"), ("reference", "reference f32"), ("plain", "plain f32")])
+def test_a_processor_with_avx2_alone(name: str, want: str, tmp_path: Path) -> None:
     """The emulator knows no AVX-512, so that any instruction of it would end the process."""
-    told = run_on("Haswell", tmp_path, "-c", PAINT, SDCPP_KERNELS=kernels, SDCPP_PRECISION="auto")
+    told = run_on("Haswell", tmp_path, "-c", PAINT, SDCPP_KERNELS=name, SDCPP_PRECISION="auto")
     assert told.strip() == f"{want} (64, 64)"
