@@ -6,11 +6,13 @@
 #include "kernels/set.h"
 #include "kernels/sets.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace sd {
@@ -102,18 +104,35 @@ struct Case {
     Form    form = Form::direct;
 };
 
-// Both x and the weight are given as products see them, so what remains is the order of sums.
-void check_product(const KernelSet & set, const Case & c) {
-    const int  pad = c.taps / 2, taps = c.taps * c.taps, rows_w = (c.x.width * c.enlarge + 2 * pad - c.taps) / c.stride + 1;
-    const int  rows_h = (c.x.height * c.enlarge + 2 * pad - c.taps) / c.stride + 1, rows = rows_w * rows_h * c.x.images;
-    const auto x = numbers(int64_t{c.x.channels} * c.x.width * c.x.height * c.x.images);
-    const auto w = numbers(int64_t{c.x.channels} * taps * c.columns), bias = numbers(c.columns);
-    const auto residual = numbers(int64_t{rows} * c.columns);
-    std::vector<uint16_t> halves;
-    for (const float v : x) {
-        halves.push_back(to_bf16(v));
-    }
+struct Shape {
+    int pad, taps, rows_w, rows_h, rows;
+};
 
+Shape shape_of(const Case & c) {
+    const int pad = c.taps / 2, rows_w = (c.x.width * c.enlarge + 2 * pad - c.taps) / c.stride + 1;
+    const int rows_h = (c.x.height * c.enlarge + 2 * pad - c.taps) / c.stride + 1;
+    return {pad, c.taps * c.taps, rows_w, rows_h, rows_w * rows_h * c.x.images};
+}
+
+struct Inputs {
+    std::vector<float>    x, w, bias, residual;
+    std::vector<uint16_t> halves; // x as bf16
+};
+
+Inputs inputs_of(const Case & c) {
+    const Shape shape = shape_of(c);
+    Inputs      out{numbers(int64_t{c.x.channels} * c.x.width * c.x.height * c.x.images),
+               numbers(int64_t{c.x.channels} * shape.taps * c.columns), numbers(c.columns),
+               numbers(int64_t{shape.rows} * c.columns), {}};
+    for (const float v : out.x) {
+        out.halves.push_back(to_bf16(v));
+    }
+    return out;
+}
+
+std::vector<float> product_of(const KernelSet & set, const Case & c, const Inputs & inputs) {
+    const auto & [x, w, bias, residual, halves] = inputs;
+    const auto [pad, taps, rows_w, rows_h, rows] = shape_of(c);
     const int64_t panel_bytes = set.panel_bytes(c.form, taps, c.x.channels), panels = (c.columns + set.panel - 1) / set.panel;
     const auto    packed = memory(panels * panel_bytes);
     const int     padded = (c.x.channels + set.channel_step - 1) / set.channel_step * set.channel_step;
@@ -160,7 +179,15 @@ void check_product(const KernelSet & set, const Case & c) {
     block.epilogue = &epilogue;
     block.scratch = scratch.get();
     set.product(block);
+    return y;
+}
 
+// Both x and the weight are given as products see them, so what remains is the order of sums.
+void check_product(const KernelSet & set, const Case & c) {
+    const auto inputs = inputs_of(c);
+    const auto y = product_of(set, c, inputs);
+    const auto & [x, w, bias, residual, halves] = inputs;
+    const auto [pad, taps, rows_w, rows_h, rows] = shape_of(c);
     std::vector<double> want;
     for (int row = 0; row < rows; ++row) {
         const int image = row / (rows_w * rows_h), at_y = row / rows_w % rows_h, at_x = row % rows_w;
@@ -302,5 +329,28 @@ TEST_CASE("attention") {
         for (const int queries : {1, 6, 96, 97, 113}) {
             check_attention(*set, 24, queries, 70, true);
         }
+    }
+}
+
+// What a kernel keeps in registers, AMX's tiles among them, outlives every change of threads in its midst.
+TEST_CASE("products of more threads than processors") {
+    const Case c{{320, 16, 16, 1}, 3, 1, 64, 1, false};
+    const auto inputs = inputs_of(c);
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        const auto               want = product_of(*set, c, inputs);
+        std::atomic<int>         wrong{0};
+        std::vector<std::thread> threads;
+        for (unsigned i = 0; i < std::thread::hardware_concurrency() + 3; ++i) {
+            threads.emplace_back([&] {
+                for (int repeat = 0; repeat < 2; ++repeat) {
+                    wrong += product_of(*set, c, inputs) != want;
+                }
+            });
+        }
+        for (std::thread & thread : threads) {
+            thread.join();
+        }
+        CHECK(wrong == 0);
     }
 }
