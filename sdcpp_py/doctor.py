@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import _native
+from .errors import Unsupported
 
 GGML = "libggml-python"
 
@@ -80,7 +81,11 @@ def _engine() -> list[tuple[str, str]]:
 
 def _devices() -> list[tuple[str, str]]:
     rows = []
-    for device in _native.devices():
+    try:
+        devices = _native.devices()
+    except Unsupported as error:
+        return [("none", str(error))]
+    for device in devices:
         free, total = (size / (1 << 30) for size in (device["memory_free"], device["memory_total"]))
         rows.append((device["name"], f"{device['description']}, {free:.1f} of {total:.1f} GiB free"))
     return rows

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel_sets
 import numpy as np
 import pytest
 import tiny
 from cases import SD1
+from kernel_sets import Kernels
 
 from sdcpp_py import SDContext, _native
 from sdcpp_py.files import data_dir
@@ -18,13 +20,80 @@ from sdcpp_py.files import data_dir
 # What tests compare with computes in float32; tests of bfloat16 ask for it.
 os.environ.setdefault("SDCPP_PRECISION", "f32")
 
+# Fixtures by which a test runs once for each kernel set, and the precisions of those.
+KERNELS = {"kernels": ("f32",), "all_kernels": ("f32", "bf16")}
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hashes of files that tests make are kept beside them, not in the user's cache."""
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        default="best",
+        help="the CPU's kernel sets: best, all, a name, or others: all but the best, and no test without them",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, precisions in KERNELS.items():
+        if fixture in metafunc.fixturenames:
+            sets = kernel_sets.chosen(metafunc.config.getoption("--kernels"), *precisions)
+            metafunc.parametrize(fixture, sets, ids=str, indirect=True, scope="module")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--kernels") in ("best", "all"):
+        return
+    differ = [item for item in items if KERNELS.keys() & set(getattr(item, "fixturenames", ()))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in differ])
+    items[:] = differ
+
+
+def _on(kernels: Kernels) -> Iterator[Kernels]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        patch.setenv("SDCPP_KERNELS", kernels.name)
+        patch.setenv("SDCPP_PRECISION", kernels.precision)
+        yield kernels
+
+
+@pytest.fixture(scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """What contexts compute on that are opened meanwhile, in float32: each set that --kernels asks for.
+
+    A fixture that keeps contexts has to ask for it too, so that they end with it.
+    """
+    yield from _on(request.param)
+
+
+@pytest.fixture(scope="module")
+def all_kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """The same in bf16 as well, where the processor multiplies it."""
+    yield from _on(request.param)
+
+
+@pytest.fixture(scope="module")
+def _made() -> dict[object, Any]:
+    return {}
+
+
+@pytest.fixture
+def once(request: pytest.FixtureRequest, _made: dict[object, Any]) -> Callable[..., Any]:
+    """What a test needs that does not depend on the kernels, such as torch's answer: once(make) is made for the first
+    set and kept for the others. Where a test needs several, each has a key: once(make, "pixels")."""
+    case = {name: index for name, index in request.node.callspec.indices.items() if name not in KERNELS}
+
+    def get(make: Callable[[], Any], key: object = None) -> Any:
+        whole = (request.function.__name__, *sorted(case.items()), key)
+        if whole not in _made:
+            _made[whole] = make()
+        return _made[whole]
+
+    return get
+
+
+def computing_on() -> tuple[str, str]:
+    """What a context opened now computes on."""
+    return os.environ.get("SDCPP_KERNELS", ""), os.environ["SDCPP_PRECISION"]
 
 
 @pytest.fixture(scope="session")
@@ -43,22 +112,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.Tiny
 
 @pytest.fixture(scope="session")
 def native(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Callable[..., _native.Context]:
-    """The engine's own handle on a tiny model's folder, opened once."""
-    opened: dict[tiny.TinySD1, _native.Context] = {}
+    """The engine's own handle on a tiny model's folder, opened once for each kernel set."""
+    opened: dict[object, _native.Context] = {}
 
     def context(model: tiny.TinySD1) -> _native.Context:
-        if model not in opened:
-            opened[model] = _native.Context(str(tiny_folder(model)), data_dir=str(data_dir()), threads=2)
-        return opened[model]
+        key = (model, computing_on())
+        if key not in opened:
+            opened[key] = _native.Context(str(tiny_folder(model)), data_dir=str(data_dir()), threads=1)
+        return opened[key]
 
     return context
 
 
-@pytest.fixture(scope="session")
-def probe(native: Callable[..., _native.Context]) -> Callable[..., np.ndarray]:
+@pytest.fixture
+def probe(native: Callable[..., _native.Context], kernels: Kernels) -> Callable[..., np.ndarray]:
     """Runs one network of a tiny model alone: probe(model, network, **inputs)."""
 
     def run(model: tiny.TinySD1, network: str, **inputs: np.ndarray) -> np.ndarray:
+        assert native(model).info()["kernels"] == kernels.name
         return _native.probe_run(native(model), network, **inputs)
 
     return run
@@ -84,22 +155,30 @@ def sd_ctx(tiny_sd1: Path) -> SDContext:
 
 @pytest.fixture(scope="session")
 def dit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SDContext]:
-    """Contexts on tiny FLUX.1 and SD3 models by how they are stored, each opened once: dit(model, storage="single")."""
+    """Contexts on tiny FLUX.1 and SD3 models by how they are stored, each opened once for each kernel set:
+    dit(model, storage="single")."""
     import lora_dit
     import tiny_dit
 
     root = tmp_path_factory.mktemp("dit")
+    paths: dict[object, Path] = {}
     opened: dict[object, SDContext] = {}
 
-    def context(model: lora_dit.Model, storage: str = "folder") -> SDContext:
-        if (model, storage) not in opened:
-            family, path = lora_dit.family(model), root / f"model-{len(opened)}"
+    def path_of(model: lora_dit.Model, storage: str) -> Path:
+        if (model, storage) not in paths:
+            family, path = lora_dit.family(model), root / f"model-{len(paths)}"
             if storage == "folder":
                 family.write_folder(model, path)
             else:
                 path = tiny_dit.save(family.single_tensors(model), path.with_suffix(".safetensors"))
-            opened[model, storage] = SDContext(path, threads=1, precision="f32")
-        return opened[model, storage]
+            paths[model, storage] = path
+        return paths[model, storage]
+
+    def context(model: lora_dit.Model, storage: str = "folder") -> SDContext:
+        key = (model, storage, computing_on())
+        if key not in opened:
+            opened[key] = SDContext(path_of(model, storage), threads=1)
+        return opened[key]
 
     return context
 
@@ -120,6 +199,6 @@ def dit_with(dit: Callable[..., SDContext], tmp_path_factory: pytest.TempPathFac
         if not isinstance(model, TinyFlux):
             parts = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
         components = {role: folder / name for role, name in parts.items()}
-        return SDContext(weights, vae=folder / "vae", **components, threads=1, precision="f32", **options)
+        return SDContext(weights, vae=folder / "vae", **components, threads=1, **options)
 
     return context

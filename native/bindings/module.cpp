@@ -22,6 +22,9 @@ py::list devices() {
                             "memory_free"_a = device.memory_free, "memory_total"_a = device.memory_total,
                             "is_cpu"_a = device.is_cpu));
     }
+    if (out.empty()) { // ggml always has the CPU, unless it cannot run here
+        check(SD_UNSUPPORTED);
+    }
     return out;
 }
 

@@ -68,7 +68,8 @@ typedef struct sd_device {
     bool         is_cpu;
 } sd_device;
 
-// Fills `device` and returns true, or returns false past the end.
+// Fills `device` and returns true, or returns false past the end; at index 0 also where the installed ggml cannot run on
+// this processor, as sd_last_error() says.
 SD_API bool sd_get_device(int index, sd_device * device);
 
 // Adds devices of ggml's RPC backend ("host:port"), where ggml was built with it. ggml ends the process where

@@ -37,6 +37,7 @@ def hooked(network: Any) -> dict[str, np.ndarray]:
     return sums
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["unet-square", "text"])
 def test_sums_of_squares(name: str, tiny_folder: Callable[[tiny.TinySD1], Path]) -> None:
     """Both compute in float32; a sum over some hundred rows has their error, 1e-5 at the most."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,18 +20,37 @@ pytest.importorskip("torch", reason="parity compares with torch: pip install tor
 pytestmark = pytest.mark.parity
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("layout", ["diffusers", "webui"])
 def test_states_with_a_learned_word(
-    vectors: int, layout: str, tiny_folder: Callable[[tiny.TinySD1], Path], tmp_path: Path
+    vectors: int,
+    layout: str,
+    tiny_folder: Callable[[tiny.TinySD1], Path],
+    once: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """Both compute in float32; 1e-5 is twenty roundings of it."""
+    folder = tiny_folder(SD1)
+    words, want = once(lambda: learned_by_diffusers(vectors, layout, folder, tmp_path))
+    with SDContext(folder, embedding_dir=words, threads=1) as context:
+        text = "a photo of cattoy , red light"
+        assert context.count_tokens(text) == 6 + vectors
+        got = _native.probe_text(context._native, text)
+    assert_close(got.reshape(want.shape), want, 1e-5)
+    with SDContext(folder, threads=1) as without:
+        plain = _native.probe_text(without._native, text).reshape(want.shape)
+    assert float(np.abs(plain - want).max()) > 0.1, "the word matters"
+
+
+def learned_by_diffusers(vectors: int, layout: str, folder: Path, words: Path) -> tuple[Path, np.ndarray]:
+    """A folder with a file of the word, and the states of a prompt with it."""
     import diffusers
     import torch
     import transformers
 
     learned = noise("learned", vectors, SD1.text_width)
-    path = tmp_path / ("cattoy.safetensors" if layout == "diffusers" else "cattoy.pt")
+    path = words / ("cattoy.safetensors" if layout == "diffusers" else "cattoy.pt")
     if layout == "diffusers":
         save_file({"<cattoy>": learned}, path)
     else:
@@ -38,7 +58,6 @@ def test_states_with_a_learned_word(
             {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.from_numpy(learned)}, "name": "x"}, path
         )
 
-    folder = tiny_folder(SD1)
     pipe = diffusers.StableDiffusionPipeline(
         unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
         vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
@@ -52,12 +71,4 @@ def test_states_with_a_learned_word(
     pipe.load_textual_inversion(str(path), token="<cattoy>")
     with torch.no_grad():
         want, _ = pipe.encode_prompt("a photo of <cattoy> , red light", "cpu", 1, False)
-
-    with SDContext(folder, embedding_dir=tmp_path, threads=1) as context:
-        text = "a photo of cattoy , red light"
-        assert context.count_tokens(text) == 6 + vectors
-        got = _native.probe_text(context._native, text)
-    assert_close(got.reshape(want.shape), want.numpy(), 1e-5)
-    with SDContext(folder, threads=1) as without:
-        plain = _native.probe_text(without._native, text).reshape(want.shape)
-    assert float(np.abs(plain - want.numpy()).max()) > 0.1, "the word matters"
+    return words, want.numpy()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import reference_lora
 import tiny
 from cases import SD1, denoise, text
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 
 from sdcpp_py import SDContext, _native
 
@@ -55,6 +59,13 @@ def randomise(module: Any, size: float = 0.3) -> None:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.4))
             else:
                 parameter.copy_(torch.randn_like(parameter) * size)
+
+
+def fine_tune(module: Any) -> None:
+    """Weights that are trained themselves stay near those that they began with."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
 def compare(layer: Any, factors: reference_lora.Factors, x: Any, got: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -245,47 +256,68 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 @pytest.fixture(scope="module")
-def context(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Iterator[SDContext]:
-    """restore mode: the probes run on the resident weights. That runtime agrees, tests/unit shows."""
-    with SDContext(tiny_folder(SD1), threads=2, lora_mode="restore") as opened:
-        yield opened
+def contexts(all_kernels: Kernels, tiny_folder: Callable[[tiny.TinySD1], Path]) -> Iterator[dict[str, SDContext]]:
+    """One that adds the change to each product, and one that writes it into the resident weights."""
+    opened = {mode: SDContext(tiny_folder(SD1), threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
+    for context in opened.values():
+        assert (context.info.kernels, context.info.precision) == (all_kernels.name, all_kernels.precision)
+    yield opened
+    for context in opened.values():
+        context.close()
 
 
-@pytest.fixture
-def unet(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Any:
+@pytest.fixture(scope="module")
+def untouched(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Callable[[str], Any]:
+    """torch's network of that name without any adapter, a new one each time."""
     import diffusers
-
-    return diffusers.UNet2DConditionModel.from_pretrained(tiny_folder(SD1) / "unet")
-
-
-@pytest.fixture
-def text_encoder(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Any:
     import transformers
 
-    return transformers.CLIPTextModel.from_pretrained(tiny_folder(SD1) / "text_encoder")
+    kinds = {"unet": diffusers.UNet2DConditionModel, "text_encoder": transformers.CLIPTextModel}
+    networks = cache(lambda part: kinds[part].from_pretrained(tiny_folder(SD1) / part))
+    return lambda part: copy.deepcopy(networks(part))
 
 
-def run_unet(network: Any) -> np.ndarray:
-    inputs = {name: torch.from_numpy(values) for name, values in UNET_INPUTS.inputs.items()}
+def run_unet(network: Any, dtype: Any = torch.float32) -> np.ndarray:
+    inputs = {name: torch.from_numpy(values).to(dtype) for name, values in UNET_INPUTS.inputs.items()}
     with torch.no_grad():
-        return network(inputs["latent"], inputs["time"], inputs["text"]).sample.numpy()
+        return network.to(dtype)(inputs["latent"], inputs["time"], inputs["text"]).sample.float().numpy()
 
 
-def run_text(network: Any) -> np.ndarray:
+def run_text(network: Any, dtype: Any = torch.float32) -> np.ndarray:
     ids = torch.from_numpy(TEXT_INPUTS.inputs["ids"]).long()
     with torch.no_grad():
-        return network(ids).last_hidden_state.numpy()[None]
+        return network.to(dtype)(ids).last_hidden_state.float().numpy()[None]
 
 
-def assert_engine_agrees(context: SDContext, file: Path, case: Any, want: np.ndarray, plain: np.ndarray) -> None:
-    assert relative_rmse(want, plain) > 1e-3, "the adapter has no effect"
-    context.apply_loras({file: 1.0})
-    (report,) = context.lora_reports
-    assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
-    got = _native.probe_run(context._native, case.network, **case.inputs)
-    assert_close(got, want, 1e-5)
-    context.apply_loras({})
-    assert_close(_native.probe_run(context._native, case.network, **case.inputs), plain, 1e-5)
+@dataclass(frozen=True)
+class Adapted:
+    """A file, what torch's network answers without and with it, and its own error there in bfloat16."""
+
+    file: Path
+    case: Any
+    plain: np.ndarray
+    want: np.ndarray
+    rounded: float
+
+
+def assert_engine_agrees(contexts: dict[str, SDContext], kernels: Kernels, adapted: Adapted) -> None:
+    """In each mode, and without a trace after it."""
+    network, inputs = adapted.case.network, adapted.case.inputs
+    tolerance = kernels.tolerance(1e-5, of_torch=adapted.rounded)
+    assert relative_rmse(adapted.want, adapted.plain) > 1e-3, "the adapter has no effect"
+    for context in contexts.values():
+        context.apply_loras({adapted.file: 1.0})
+        (report,) = context.lora_reports
+        assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
+        assert_close(_native.probe_run(context._native, network, **inputs), adapted.want, tolerance)
+        context.apply_loras({})
+        assert_close(_native.probe_run(context._native, network, **inputs), adapted.plain, kernels.tolerance(1e-5))
+
+
+def of_part(part: str, untouched: Callable[[str], Any]) -> tuple[Any, Callable[[Any], np.ndarray], Any]:
+    """torch's network of that name, how it is run, and on what."""
+    is_text = part == "text_encoder"
+    return untouched(part), run_text if is_text else run_unet, TEXT_INPUTS if is_text else UNET_INPUTS
 
 
 def network_config(name: str, targets: list[str]) -> Any:
@@ -299,10 +331,24 @@ def network_config(name: str, targets: list[str]) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in PEFT_KINDS if not name.endswith("-tucker")])
 @pytest.mark.parametrize("part", ["unet-linear", "unet-conv", "text"])
-def test_peft_networks(name: str, part: str, context: SDContext, unet: Any, text_encoder: Any, tmp_path: Path) -> None:
+def test_peft_networks(
+    name: str,
+    part: str,
+    contexts: dict[str, SDContext],
+    all_kernels: Kernels,
+    untouched: Callable[[str], Any],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """A folder as peft saves it, on attention, on convolutions, and on the text encoder."""
-    peft = pytest.importorskip("peft")
-    network, run, case = (text_encoder, run_text, TEXT_INPUTS) if part == "text" else (unet, run_unet, UNET_INPUTS)
+    adapted = once(lambda: adapted_by_peft(name, part, untouched, tmp_path / "adapter"))
+    assert_engine_agrees(contexts, all_kernels, adapted)
+
+
+def adapted_by_peft(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:
+    import peft
+
+    network, run, case = of_part("text_encoder" if part == "text" else "unet", untouched)
     targets = {"unet-linear": ATTENTION, "unet-conv": CONVS, "text": PROJECTIONS}[part]
     if name == "lora-bias" and part == "unet-linear":
         targets = ["to_out.0"]  # the others have no bias to add to
@@ -312,15 +358,28 @@ def test_peft_networks(name: str, part: str, context: SDContext, unet: Any, text
     model = peft.get_peft_model(network, network_config(name, targets)).eval()
     randomise_peft(model)
     want = run(model.base_model.model)
-    model.save_pretrained(tmp_path / "adapter")
-    assert_engine_agrees(context, tmp_path / "adapter", case, want, plain)
+    model.save_pretrained(folder)
+    rounded = relative_rmse(run(model.base_model.model, torch.bfloat16), want)
+    return Adapted(folder, case, plain, want, rounded)
 
 
-def test_a_lora_that_diffusers_saves(context: SDContext, unet: Any, text_encoder: Any, tmp_path: Path) -> None:
+def test_a_lora_that_diffusers_saves(
+    contexts: dict[str, SDContext],
+    all_kernels: Kernels,
+    untouched: Callable[[str], Any],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """Both components in one file, with alpha and rank in its metadata."""
+    for adapted in once(lambda: adapted_by_diffusers(untouched, tmp_path)):
+        assert_engine_agrees(contexts, all_kernels, adapted)
+
+
+def adapted_by_diffusers(untouched: Callable[[str], Any], folder: Path) -> list[Adapted]:
     import diffusers
     import peft
 
+    unet, text_encoder = untouched("unet"), untouched("text_encoder")
     plain = run_unet(unet), run_text(text_encoder)
     config = peft.LoraConfig(r=4, lora_alpha=1, target_modules=ATTENTION, rank_pattern={"attn2.to_k": 2})
     unet.add_adapter(config)
@@ -329,15 +388,16 @@ def test_a_lora_that_diffusers_saves(context: SDContext, unet: Any, text_encoder
         randomise_peft(network)
     want = run_unet(unet), run_text(text_encoder)
     diffusers.StableDiffusionPipeline.save_lora_weights(
-        tmp_path,
+        folder,
         unet_lora_layers=peft.get_peft_model_state_dict(unet),
         text_encoder_lora_layers=peft.get_peft_model_state_dict(text_encoder),
         unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
         text_encoder_lora_adapter_metadata=text_encoder.peft_config["default"].to_dict(),
     )
-    (file,) = tmp_path.glob("*.safetensors")
-    for case, there, before in zip((UNET_INPUTS, TEXT_INPUTS), want, plain, strict=True):
-        assert_engine_agrees(context, file, case, there, before)
+    (file,) = folder.glob("*.safetensors")
+    rounded = run_unet(unet, torch.bfloat16), run_text(text_encoder, torch.bfloat16)
+    cases = zip((UNET_INPUTS, TEXT_INPUTS), plain, want, rounded, strict=True)
+    return [Adapted(file, case, before, there, relative_rmse(half, there)) for case, before, there, half in cases]
 
 
 LYCORIS_NETWORKS: dict[str, dict[str, Any]] = {
@@ -360,23 +420,38 @@ LYCORIS_NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("part", ["unet", "text"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("name", LYCORIS_NETWORKS)
 def test_lycoris_networks(
-    name: str, part: str, context: SDContext, unet: Any, text_encoder: Any, tmp_path: Path
+    name: str,
+    part: str,
+    contexts: dict[str, SDContext],
+    all_kernels: Kernels,
+    untouched: Callable[[str], Any],
+    once: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     """All modules of a network, in the file that the wrapper writes."""
-    lycoris = pytest.importorskip("lycoris")
+    adapted = once(lambda: adapted_by_lycoris(name, part, untouched, tmp_path))
+    assert_engine_agrees(contexts, all_kernels, adapted)
+
+
+def adapted_by_lycoris(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:
+    import lycoris
     from safetensors.torch import save_file
 
-    network, run, case = (text_encoder, run_text, TEXT_INPUTS) if part == "text" else (unet, run_unet, UNET_INPUTS)
+    network, run, case = of_part(part, untouched)
     plain = run(network)
     options = dict(LYCORIS_NETWORKS[name])
     dims = {"linear_dim": 4, "linear_alpha": 2.0, "conv_dim": 4, "conv_alpha": 2.0}
     wrapper = lycoris.create_lycoris(network, 1.0, **dims, **options)
     wrapper.apply_to()
-    randomise(wrapper, 0.02 if options["algo"] == "full" else 0.1)
+    if options["algo"] == "full":
+        fine_tune(wrapper)
+    else:
+        randomise(wrapper, 0.1)
     want = run(network)
-    file = tmp_path / "lycoris.safetensors"
+    file = folder / "lycoris.safetensors"
     save_file({key: value.contiguous() for key, value in wrapper.state_dict().items()}, file)
-    assert_engine_agrees(context, file, case, want, plain)
+    wrapper.to(torch.bfloat16)
+    return Adapted(file, case, plain, want, relative_rmse(run(network, torch.bfloat16), want))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import tiny
 import tiny_sdxl
 from cases import SD2, SDXL, Case, denoise, text
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 
 from sdcpp_py import SDContext, _native
 
@@ -33,12 +36,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "text_projection", "to_q", 
 
 @dataclass
 class Part:
-    """One network: torch's, and the engine's in each mode."""
+    """One network of torch's, and the same of the engine."""
 
+    label: str
     model: tiny.TinySD1
     name: str
     network: Any
-    contexts: dict[str, SDContext]
 
     @property
     def cases(self) -> list[Case]:
@@ -59,19 +62,23 @@ class Part:
         inputs = {name: torch.from_numpy(values).to(dtype) for name, values in case.inputs.items()}
         if case.network == "denoise":
             told = {"text_embeds": inputs.get("pooled"), "time_ids": inputs.get("sizes")}
-            return self.network(inputs["latent"], inputs["time"], inputs["text"], added_cond_kwargs=told).sample.numpy()
-        ids = inputs["ids_2" if self.name == "text_encoder_2" else "ids"].long()
+            return (
+                self.network(inputs["latent"], inputs["time"], inputs["text"], added_cond_kwargs=told)
+                .sample.double()
+                .numpy()
+            )
+        ids = torch.from_numpy(case.inputs["ids_2" if self.name == "text_encoder_2" else "ids"]).long()
         out = self.network(ids, output_hidden_states=True)
         if case.network == "pooled":
-            return out.text_embeds.numpy()[None, None]
+            return out.text_embeds.double().numpy()[None, None]
         if self.model.text_2_width:
-            return out.hidden_states[-2].numpy()[None]
-        return out.last_hidden_state.numpy()[None]
+            return out.hidden_states[-2].double().numpy()[None]
+        return out.last_hidden_state.double().numpy()[None]
 
-    def engine(self, mode: str) -> list[np.ndarray]:
+    def engine(self, context: SDContext) -> list[np.ndarray]:
         out = []
         for case in self.cases:
-            got = _native.probe_run(self.contexts[mode]._native, case.network, **case.inputs)
+            got = _native.probe_run(context._native, case.network, **case.inputs)
             if case.network == "text" and self.model.text_2_width:  # both encoders side by side
                 first = self.model.text_width
                 got = got[..., :first] if self.name == "text_encoder" else got[..., first:]
@@ -79,14 +86,32 @@ class Part:
         return out
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A file, what torch's network answers without and with it, and its own errors there in bfloat16."""
+
+    part: Part
+    file: Path
+    plain: list[np.ndarray]
+    want: list[np.ndarray]
+    rounded: list[float]
+
+
 @pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[tiny.TinySD1], dict[str, SDContext]]]:
+def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
     folder = tmp_path_factory.mktemp("single")
+    return cache(lambda model: tiny_sdxl.write_single(model, folder / f"{abs(hash(model)):x}.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def contexts(
+    all_kernels: Kernels, single: Callable[[tiny.TinySD1], Path]
+) -> Iterator[Callable[[tiny.TinySD1], dict[str, SDContext]]]:
     opened: dict[tiny.TinySD1, dict[str, SDContext]] = {}
 
     def of(model: tiny.TinySD1) -> dict[str, SDContext]:
         if model not in opened:
-            path = tiny_sdxl.write_single(model, folder / f"{len(opened)}.safetensors")
+            path = single(model)
             opened[model] = {mode: SDContext(path, threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
         return opened[model]
 
@@ -96,30 +121,58 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[tin
             context.close()
 
 
-@pytest.fixture(params=PARTS)
-def part(
-    request: pytest.FixtureRequest,
-    tiny_folder: Callable[..., Path],
-    contexts: Callable[[tiny.TinySD1], dict[str, SDContext]],
-) -> Part:
+@pytest.fixture(scope="module")
+def untouched(tiny_folder: Callable[..., Path]) -> Callable[[str], Part]:
+    """That part without any adapter, a new one each time."""
     from reference_networks import open_parts
 
-    model, name = PARTS[request.param]
-    return Part(model, name, open_parts(tiny_folder(model))[name], contexts(model))
+    parts = cache(lambda model: open_parts(tiny_folder(model)))
+
+    def part(label: str) -> Part:
+        model, component = PARTS[label]
+        return Part(label, model, component, copy.deepcopy(parts(model)[component]))
+
+    return part
 
 
-def assert_engine_agrees(part: Part, file: Path, plain: list[np.ndarray], want: list[np.ndarray]) -> None:
+@pytest.fixture(scope="module")
+def untouched_rounded(untouched: Callable[[str], Part]) -> Callable[[str], list[float]]:
+    """torch's own errors in bfloat16 without any adapter."""
+    return cache(lambda label: errors(untouched(label).truth(torch.bfloat16), untouched(label).truth()))
+
+
+@pytest.fixture
+def assert_engine_agrees(
+    contexts: Callable[[tiny.TinySD1], dict[str, SDContext]],
+    untouched_rounded: Callable[[str], list[float]],
+    all_kernels: Kernels,
+) -> Callable[[Adapted], None]:
     """In both modes, and without a trace after it."""
-    assert relative_rmse(want[-1], plain[-1]) > 1e-3, "the adapter has no effect"
-    for mode, context in part.contexts.items():
-        context.apply_loras({file: 1.0})
-        (report,) = context.lora_reports
-        assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
-        for got, there in zip(part.engine(mode), want, strict=True):
-            assert_close(got, there, 1e-5)
-        context.apply_loras({})
-        for got, there in zip(part.engine(mode), plain, strict=True):
-            assert_close(got, there, 1e-5)
+
+    def agrees(adapted: Adapted) -> None:
+        part = adapted.part
+        assert relative_rmse(adapted.want[-1], adapted.plain[-1]) > 1e-3, "the adapter has no effect"
+
+        def assert_answers(context: SDContext, want: list[np.ndarray], rounded: list[float]) -> None:
+            for got, there, error in zip(part.engine(context), want, rounded, strict=True):
+                # Norms of the tiny UNet's few deepest cells magnify what bf16 rounds: of SDXL's, by inputs, torch's own
+                # error is 2e-2 to 9e-2 and ours 1e-2 to 16e-2, so that one input tells luck.
+                magnified = 0.1 if (part.label, all_kernels.precision) == ("sdxl-unet", "bf16") else 0.0
+                assert_close(got, there, max(magnified, all_kernels.tolerance(1e-5, of_torch=error)))
+
+        for context in contexts(part.model).values():
+            context.apply_loras({adapted.file: 1.0})
+            (report,) = context.lora_reports
+            assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
+            assert_answers(context, adapted.want, adapted.rounded)
+            context.apply_loras({})
+            assert_answers(context, adapted.plain, untouched_rounded(part.label))
+
+    return agrees
+
+
+def errors(got: list[np.ndarray], want: list[np.ndarray]) -> list[float]:
+    return [relative_rmse(g, w) for g, w in zip(got, want, strict=True)]
 
 
 def randomise(module: Any, size: float) -> None:
@@ -133,6 +186,14 @@ def randomise(module: Any, size: float) -> None:
                 parameter.copy_(torch.randn_like(parameter) * size)
 
 
+def fine_tune(module: Any) -> None:
+    """Weights that are trained themselves stay near those that they began with."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
 PEFT = {
     "lora": {"r": 4, "lora_alpha": 2},
     "rslora": {"r": 4, "lora_alpha": 2, "use_rslora": True},
@@ -140,9 +201,21 @@ PEFT = {
 }
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", PEFT)
-def test_what_diffusers_saves(name: str, part: Part, tmp_path: Path) -> None:
+def test_what_diffusers_saves(
+    name: str,
+    part: str,
+    untouched: Callable[[str], Part],
+    assert_engine_agrees: Callable[[Adapted], None],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """One component's adapter of peft in the file of a pipeline, with alpha and ranks in its metadata."""
+    assert_engine_agrees(once(lambda: adapted_by_peft(name, untouched(part), tmp_path)))
+
+
+def adapted_by_peft(name: str, part: Part, folder: Path) -> Adapted:
     import diffusers
     import peft
 
@@ -159,47 +232,62 @@ def test_what_diffusers_saves(name: str, part: Part, tmp_path: Path) -> None:
     want = part.truth()
     kind = diffusers.StableDiffusionXLPipeline if part.model.text_2_width else diffusers.StableDiffusionPipeline
     kind.save_lora_weights(
-        tmp_path,
+        folder,
         **{f"{part.name}_lora_layers": peft.get_peft_model_state_dict(part.network)},
         **{f"{part.name}_lora_adapter_metadata": part.network.peft_config["default"].to_dict()},
     )
-    (file,) = tmp_path.glob("*.safetensors")
-    assert_engine_agrees(part, file, plain, want)
+    (file,) = folder.glob("*.safetensors")
+    return Adapted(part, file, plain, want, errors(part.truth(torch.bfloat16), want))
 
 
-LYCORIS: dict[str, tuple[float, dict[str, Any]]] = {  # the size of random factors, and options
-    "locon": (0.1, {"algo": "lora", "train_norm": True}),
-    "dora-inputs": (0.1, {"algo": "lora", "weight_decompose": True, "wd_on_out": False}),
-    "loha": (0.1, {"algo": "loha"}),
-    "lokr": (0.1, {"algo": "lokr", "factor": 4}),
-    "full": (0.02, {"algo": "full"}),
-    "ia3": (0.05, {"algo": "ia3"}),
-    "glora": (0.1, {"algo": "glora"}),
-    "oft": (0.1, {"algo": "diag-oft", "constraint": 0.01, "rescaled": True}),
-    "boft": (0.1, {"algo": "boft"}),
+LYCORIS: dict[str, dict[str, Any]] = {
+    "locon": {"algo": "lora", "train_norm": True},
+    "dora-inputs": {"algo": "lora", "weight_decompose": True, "wd_on_out": False},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr", "factor": 4},
+    "full": {"algo": "full"},
+    "ia3": {"algo": "ia3"},
+    "glora": {"algo": "glora"},
+    "oft": {"algo": "diag-oft", "constraint": 0.01, "rescaled": True},
+    "boft": {"algo": "boft"},
 }
 
 
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", LYCORIS)
-def test_lycoris_networks(name: str, part: Part, tmp_path: Path) -> None:
+def test_lycoris_networks(
+    name: str,
+    part: str,
+    untouched: Callable[[str], Part],
+    assert_engine_agrees: Callable[[Adapted], None],
+    once: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
     """All modules of a network, under the prefix by which kohya's trainer tells encoders apart."""
-    lycoris = pytest.importorskip("lycoris")
+    assert_engine_agrees(once(lambda: adapted_by_lycoris(name, untouched(part), tmp_path)))
+
+
+def adapted_by_lycoris(name: str, part: Part, folder: Path) -> Adapted:
+    import lycoris
     from safetensors.torch import save_file
 
     plain = part.truth()
-    size, options = LYCORIS[name]
     dims = {"linear_dim": 4, "linear_alpha": 2.0, "conv_dim": 4, "conv_alpha": 2.0}
-    wrapper = lycoris.create_lycoris(part.network, 1.0, **dims, **options)
+    wrapper = lycoris.create_lycoris(part.network, 1.0, **dims, **LYCORIS[name])
     wrapper.apply_to()
-    randomise(wrapper, size)
+    if name == "full":
+        fine_tune(wrapper)
+    else:
+        randomise(wrapper, 0.05 if name == "ia3" else 0.1)
     dtype = torch.float32 if "oft" in name else torch.float64  # those have constants of float32
     wrapper.to(dtype)
     want = part.truth(dtype)
     wrapper.float()
-    file = tmp_path / "lycoris.safetensors"
+    file = folder / "lycoris.safetensors"
     renamed = {
         key.replace("lycoris_", PREFIXES[part.name], 1): value.contiguous()
         for key, value in wrapper.state_dict().items()
     }
     save_file(renamed, file)
-    assert_engine_agrees(part, file, plain, want)
+    wrapper.to(torch.bfloat16)
+    return Adapted(part, file, plain, want, errors(part.truth(torch.bfloat16), want))

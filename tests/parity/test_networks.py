@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 import tiny_sdxl
 from cases import NETWORKS, SD1, SD2, SD2_V_DEEP, SDXL, SDXL_DEEP, Case
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 
 from sdcpp_py import _native
 from sdcpp_py.files import data_dir
@@ -28,19 +30,24 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.name)
-def test_a_network_matches_diffusers(case: Case, probe: Callable[..., np.ndarray], reference) -> None:
+def test_a_network_matches_diffusers(case: Case, probe: Callable[..., np.ndarray], reference, once) -> None:
     """Float32 on both sides: what remains is the order of sums, some 1e-6 over a few dozen layers."""
-    assert_close(probe(case.model, case.network, **case.inputs), reference.run(case), tolerance=1e-5)
+    want = once(lambda: reference.run(case))
+    assert_close(probe(case.model, case.network, **case.inputs), want, tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], _native.Context]:
+def half_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
+    return cache(lambda model: tiny.write_folder(model, tmp_path_factory.mktemp("half"), dtype="float16"))
+
+
+@pytest.fixture(scope="module")
+def half(kernels: Kernels, half_folder: Callable[[tiny.TinySD1], Path]) -> Callable[[tiny.TinySD1], _native.Context]:
     """A tiny model with weights of f16, opened at its first use."""
 
     @cache
     def context(model: tiny.TinySD1) -> _native.Context:
-        folder = tiny.write_folder(model, tmp_path_factory.mktemp("half"), dtype="float16")
-        return _native.Context(str(folder), data_dir=str(data_dir()), threads=2)
+        return _native.Context(str(half_folder(model)), data_dir=str(data_dir()), threads=1)
 
     return context
 
@@ -53,14 +60,16 @@ def half_reference(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("case", [c for c in NETWORKS if c.model in (SD1, SD2, SDXL)], ids=lambda case: case.name)
-def test_f16_weights(case: Case, half: Callable[[tiny.TinySD1], _native.Context], reference, half_reference) -> None:
+def test_f16_weights(
+    case: Case, half: Callable[[tiny.TinySD1], _native.Context], reference, half_reference, once: Callable[..., Any]
+) -> None:
     """Our kernels unpack f16 exactly, so 1e-5 as with float32. ggml's operations also round each activation that meets
     such a weight: as many roundings, of the same 2^-11, as those of the weights, whose effect on this network the two
     references tell. Twice that effect, for it is one sample."""
     context = half(case.model)
-    want = half_reference.run(case)
+    want = once(lambda: half_reference.run(case), "half")
     exact = context.info()["kernels"] != "reference"
-    tolerance = 1e-5 if exact else 2 * relative_rmse(want, reference.run(case))
+    tolerance = 1e-5 if exact else 2 * relative_rmse(want, once(lambda: reference.run(case)))
     assert_close(_native.probe_run(context, case.network, **case.inputs), want, tolerance)
 
 

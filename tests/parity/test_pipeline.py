@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import pytest
 import tiny
 from cases import SD1, SD1_DEEP
 from closeness import assert_close
+from kernel_sets import Kernels
 
 from sdcpp_py import SDContext, _native
 from sdcpp_py.files import data_dir
 
 pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
 pytestmark = pytest.mark.parity
+
+Once = Callable[..., Any]
 
 # 9 steps divide the 999 timesteps evenly: some of diffusers' schedulers round the others to whole ones.
 PROMPT, NEGATIVE, SEED, STEPS = "a red heart, soft light", "blurry", 11, 9
@@ -83,6 +86,20 @@ class Truth:
             **arguments,
         ).images.numpy()
 
+    def paint_states(self, states: Any, steps: int) -> np.ndarray:
+        """The latent of these states without guidance."""
+        import diffusers
+
+        pipe = diffusers.StableDiffusionPipeline(**self.parts, scheduler=scheduler("euler"))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(
+            prompt_embeds=states,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            output_type="latent",
+            latents=noise(64, 64),
+        ).images.numpy()
+
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Rows of 8-bit RGB."""
         import torch
@@ -124,14 +141,14 @@ def truth(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Truth:
 
 
 @pytest.fixture(scope="module")
-def context(tiny_folder: Callable[[tiny.TinySD1], Path]):
-    with SDContext(tiny_folder(SD1), threads=2) as opened:
+def context(kernels: Kernels, tiny_folder: Callable[[tiny.TinySD1], Path]) -> Iterator[SDContext]:
+    with SDContext(tiny_folder(SD1), threads=1) as opened:
         yield opened
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (72, 56)], ids=str)
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_text_to_image(name: str, size: tuple[int, int], context: SDContext, truth: Truth) -> None:
+def test_text_to_image(name: str, size: tuple[int, int], context: SDContext, truth: Truth, once: Once) -> None:
     width, height = size
     ours = SCHEDULERS[name]
     image = context.generate(
@@ -148,34 +165,27 @@ def test_text_to_image(name: str, size: tuple[int, int], context: SDContext, tru
     theirs = scheduler(name)
     # A scheduler in variance-preserving variables begins with noise of size 1, where we begin with sigma's share.
     share = (1 - theirs.alphas_cumprod[-1]) ** 0.5 if float(theirs.init_noise_sigma) == 1 else 1
-    want = truth.paint("StableDiffusionPipeline", theirs, latents=noise(height, width) * share)
+    start = noise(height, width) * share
+    want = once(lambda: truth.paint("StableDiffusionPipeline", theirs, latents=start))
     assert_close(latent_of(context), want, tolerance=1e-3)
-    assert_same_pixels(image, truth.decode(want)[0])
+    assert_same_pixels(image, once(lambda: truth.decode(want)[0], "pixels"))
 
 
-def test_v_prediction(tmp_path: Path) -> None:
-    model = tiny.TinySD1(prediction="v_prediction")
-    folder = tiny.write_folder(model, tmp_path)
-    want = Truth(folder).paint("StableDiffusionPipeline", scheduler("euler", "v_prediction"), latents=noise(64, 64))
-    with SDContext(folder) as context:
+@pytest.mark.usefixtures("kernels")
+def test_v_prediction(tiny_folder: Callable[[tiny.TinySD1], Path], once: Once) -> None:
+    folder = tiny_folder(tiny.TinySD1(prediction="v_prediction"))
+    theirs = scheduler("euler", "v_prediction")
+    want = once(lambda: Truth(folder).paint("StableDiffusionPipeline", theirs, latents=noise(64, 64)))
+    with SDContext(folder, threads=1) as context:
         assert context.info.prediction == "v"
         context.generate(PROMPT, NEGATIVE, steps=STEPS, cfg_scale=5.0, seed=SEED, sampler="euler", scheduler="normal")
         assert_close(latent_of(context), want, tolerance=1e-3)
 
 
-def test_without_guidance(context: SDContext, truth: Truth) -> None:
+def test_without_guidance(context: SDContext, truth: Truth, once: Once) -> None:
     """cfg_scale 1 runs the denoiser on the prompt alone."""
     context.generate(PROMPT, NEGATIVE, steps=STEPS, cfg_scale=1.0, seed=SEED, sampler="euler", scheduler="normal")
-    import diffusers
-
-    pipe = diffusers.StableDiffusionPipeline(**truth.parts, scheduler=scheduler("euler"))
-    want = pipe(
-        prompt_embeds=truth.states(PROMPT),
-        num_inference_steps=STEPS,
-        guidance_scale=1.0,
-        output_type="latent",
-        latents=noise(64, 64),
-    ).images.numpy()
+    want = once(lambda: truth.paint_states(truth.states(PROMPT), STEPS))
     assert_close(latent_of(context), want, tolerance=1e-3)
 
 
@@ -183,7 +193,7 @@ PICTURE = (np.indices((64, 80)).sum(axis=0)[..., None] * np.array([1, 2, 3]) % 2
 
 
 @pytest.mark.parametrize("strength", [0.34, 0.75, 1.0])
-def test_image_to_image(strength: float, context: SDContext, truth: Truth) -> None:
+def test_image_to_image(strength: float, context: SDContext, truth: Truth, once: Once) -> None:
     import torch
 
     context.generate(
@@ -197,24 +207,27 @@ def test_image_to_image(strength: float, context: SDContext, truth: Truth) -> No
         sampler="euler",
         scheduler="normal",
     )
-    want = truth.paint(
-        "StableDiffusionImg2ImgPipeline",
-        scheduler("euler"),
-        image=torch.from_numpy(truth.encode(PICTURE)),
-        strength=strength,
-        generator=torch.Generator().manual_seed(SEED),
+    want = once(
+        lambda: truth.paint(
+            "StableDiffusionImg2ImgPipeline",
+            scheduler("euler"),
+            image=torch.from_numpy(truth.encode(PICTURE)),
+            strength=strength,
+            generator=torch.Generator().manual_seed(SEED),
+        ),
     )
     assert_close(latent_of(context), want, tolerance=1e-3)
 
 
-def test_inpainting_with_a_model_made_for_it(tiny_folder: Callable[[tiny.TinySD1], Path]) -> None:
+@pytest.mark.usefixtures("kernels")
+def test_inpainting_with_a_model_made_for_it(tiny_folder: Callable[[tiny.TinySD1], Path], once: Once) -> None:
     """Nine input channels: latent, mask, and the picture with grey where the mask is."""
     import torch
 
-    truth = Truth(tiny_folder(SD1_DEEP))
+    truth = once(lambda: Truth(tiny_folder(SD1_DEEP)), "truth")
     mask = np.zeros((64, 80), np.uint8)
     mask[16:48, 24:64] = 255
-    with SDContext(tiny_folder(SD1_DEEP)) as context:
+    with SDContext(tiny_folder(SD1_DEEP), threads=1) as context:
         image = context.generate(
             PROMPT,
             NEGATIVE,
@@ -229,20 +242,20 @@ def test_inpainting_with_a_model_made_for_it(tiny_folder: Callable[[tiny.TinySD1
         )
         got = latent_of(context)
     shown = np.where(mask[..., None] > 0, np.float32(127.5), PICTURE.astype(np.float32))
-    want = truth.paint(
+    want = once(lambda: truth.paint(
         "StableDiffusionInpaintPipeline", scheduler("euler"), strength=1.0, width=80, height=64,
         image=torch.from_numpy(PICTURE.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1),
         mask_image=torch.from_numpy(mask[None, None].astype(np.float32) / 255),
         masked_image_latents=torch.from_numpy(truth.encode(shown)),
         latents=noise(64, 80),
-    )  # fmt: skip
+    ))  # fmt: skip
     inside = np.repeat(mask[::8, ::8][None, None] > 0, 4, axis=1)
     assert got.shape == want.shape
     assert np.array_equal(np.asarray(image)[mask == 0], PICTURE[mask == 0])
     assert np.all(np.isfinite(got[inside]))
 
 
-def test_a_prompt_of_several_chunks_and_weights(context: SDContext, truth: Truth) -> None:
+def test_a_prompt_of_several_chunks_and_weights(context: SDContext, truth: Truth, once: Once) -> None:
     """BREAK puts chunks side by side; weights multiply states and keep each chunk's mean."""
     import torch
 
@@ -254,14 +267,5 @@ def test_a_prompt_of_several_chunks_and_weights(context: SDContext, truth: Truth
     weights[:, 1:3] = 1.5
     weighted = second * weights
     weighted = weighted * (second.mean() / weighted.mean())
-    import diffusers
-
-    pipe = diffusers.StableDiffusionPipeline(**truth.parts, scheduler=scheduler("euler"))
-    want = pipe(
-        prompt_embeds=torch.cat([first, weighted], dim=1),
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        output_type="latent",
-        latents=noise(64, 64),
-    ).images.numpy()
+    want = once(lambda: truth.paint_states(torch.cat([first, weighted], dim=1), 2))
     assert_close(latent_of(context), want, tolerance=1e-3)

@@ -4,6 +4,7 @@ latent and pixels."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import tiny
 import tiny_sdxl
 from cases import SD2, SD2_V_DEEP, SDXL, SDXL_DEEP, SSD_1B
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 from tiny_sdxl import SDXL_V
 
 from sdcpp_py import SDContext, _native
 
 pytest.importorskip("torch", reason="parity compares with torch: pip install torch '.[parity]'")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("kernels")]
 
+Once = Callable[..., Any]
 PROMPT, NEGATIVE, SEED, STEPS = "a red heart, soft light", "blurry", 11, 9
 REQUEST: dict[str, Any] = {"steps": STEPS, "cfg_scale": 5.0, "seed": SEED, "sampler": "euler", "scheduler": "normal"}
 PICTURE = (np.indices((64, 80)).sum(axis=0)[..., None] * np.array([1, 2, 3]) % 256).astype(np.uint8)
@@ -93,19 +96,27 @@ def latent_of(context: SDContext) -> np.ndarray:
     return _native.probe_latent(context._native)
 
 
+@pytest.fixture(scope="module")
+def truth_of(tiny_folder: Callable[..., Path]) -> Callable[[tiny.TinySD1], Truth]:
+    """Of a model: opened once."""
+    return cache(lambda model: Truth(model, tiny_folder(model)))
+
+
 @pytest.fixture(scope="module", params=[SD2, SDXL], ids=IDS.get)
-def pair(request: pytest.FixtureRequest, tiny_folder: Callable[..., Path]) -> Iterator[tuple[SDContext, Truth]]:
-    folder = tiny_folder(request.param)
-    with SDContext(folder, threads=2) as context:
-        yield context, Truth(request.param, folder)
+def pair(
+    request: pytest.FixtureRequest, kernels: Kernels, truth_of: Callable[..., Truth], tiny_folder: Callable[..., Path]
+) -> Iterator[tuple[SDContext, Truth]]:
+    with SDContext(tiny_folder(request.param), threads=1) as context:
+        yield context, truth_of(request.param)
 
 
-def test_text_to_image(pair: tuple[SDContext, Truth]) -> None:
+def test_text_to_image(pair: tuple[SDContext, Truth], once: Once) -> None:
     context, truth = pair
     image = context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
-    want = truth.paint(latents=noise(64, 96), width=96, height=64)
+    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64))
     assert_close(latent_of(context), want, tolerance=1e-3)
-    levels = np.abs(np.asarray(image).astype(int) - truth.decode(want)[0].astype(int))
+    picture = once(lambda: truth.decode(want)[0], "pixels")
+    levels = np.abs(np.asarray(image).astype(int) - picture.astype(int))
     assert np.mean(levels <= 1) >= 0.999
 
 
@@ -129,53 +140,61 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("told", SIZES)
-def test_sizes_that_sdxl_is_told(told: str, tiny_folder: Callable[..., Path]) -> None:
+def test_sizes_that_sdxl_is_told(
+    told: str, tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once
+) -> None:
     ours, theirs = SIZES[told]
-    truth = Truth(SDXL, tiny_folder(SDXL))
-    usual = truth.paint(latents=noise(64, 96), width=96, height=64)
-    want = truth.paint(latents=noise(64, 96), width=96, height=64, **theirs)
+    truth = truth_of(SDXL)
+    usual = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64), "usual")
+    want = once(lambda: truth.paint(latents=noise(64, 96), width=96, height=64, **theirs))
     assert relative_rmse(want, usual) > 0.01, "the sizes have no effect"
     with SDContext(tiny_folder(SDXL), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST, **ours)
         assert_close(latent_of(context), want, tolerance=1e-4)
 
 
-def test_image_to_image(pair: tuple[SDContext, Truth]) -> None:
+def test_image_to_image(pair: tuple[SDContext, Truth], once: Once) -> None:
     import torch
 
     context, truth = pair
     context.generate(PROMPT, NEGATIVE, init_image=PICTURE, strength=0.75, **REQUEST)
     # Latents are taken as they are; XL's pipeline would not know the picture's size from them.
     size = {"original_size": (64, 80), "target_size": (64, 80)} if truth.model.text_2_width else {}
-    want = truth.paint(
-        "Img2Img",
-        image=torch.from_numpy(truth.encode(PICTURE)),
-        strength=0.75,
-        generator=torch.Generator().manual_seed(SEED),
-        **size,
+    want = once(
+        lambda: truth.paint(
+            "Img2Img",
+            image=torch.from_numpy(truth.encode(PICTURE)),
+            strength=0.75,
+            generator=torch.Generator().manual_seed(SEED),
+            **size,
+        ),
     )
     assert_close(latent_of(context), want, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("model", [SD2_V_DEEP, SDXL_DEEP], ids=IDS.get)
-def test_a_model_made_for_inpainting_repaints_all(model: tiny.TinySD1, tiny_folder: Callable[..., Path]) -> None:
+def test_a_model_made_for_inpainting_repaints_all(
+    model: tiny.TinySD1, tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once
+) -> None:
     """Nine input channels: latent, mask, and a picture of which nothing is kept."""
     import torch
 
-    truth = Truth(model, tiny_folder(model))
-    with SDContext(tiny_folder(model), threads=2) as context:
+    truth = truth_of(model)
+    with SDContext(tiny_folder(model), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=64, height=64, **REQUEST)
         got = latent_of(context)
     grey = np.full((64, 64, 3), 127.5, np.float32)
-    want = truth.paint(
-        "Inpaint",
-        image=torch.from_numpy(grey.transpose(2, 0, 1)[None] / 127.5 - 1),
-        mask_image=torch.ones((1, 1, 64, 64)),
-        masked_image_latents=torch.from_numpy(truth.encode(grey)),
-        latents=noise(64, 64),
-        strength=1.0,
-        width=64,
-        height=64,
+    want = once(
+        lambda: truth.paint(
+            "Inpaint",
+            image=torch.from_numpy(grey.transpose(2, 0, 1)[None] / 127.5 - 1),
+            mask_image=torch.ones((1, 1, 64, 64)),
+            masked_image_latents=torch.from_numpy(truth.encode(grey)),
+            latents=noise(64, 64),
+            strength=1.0,
+            width=64,
+            height=64,
+        ),
     )
     assert_close(got, want, tolerance=1e-3)
 
@@ -184,12 +203,14 @@ ZERO_SNR = REQUEST | {"steps": 10, "scheduler": "simple", "width": 96, "height":
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_zero_terminal_snr(rescale: float, tiny_folder: Callable[..., Path]) -> None:
+def test_zero_terminal_snr(
+    rescale: float, tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once
+) -> None:
     """v-prediction from noise alone, as scheduler_config.json asks for, also with Lin et al.'s rescaled guidance."""
-    truth = Truth(SDXL_V, tiny_folder(SDXL_V))
+    truth = truth_of(SDXL_V)
     size = {"num_inference_steps": 10, "width": 96, "height": 64, "spacing": "trailing"}
     # diffusers scales the first latent by the highest sigma itself.
-    want = truth.paint(latents=noise(64, 96), guidance_rescale=rescale, **size)
+    want = once(lambda: truth.paint(latents=noise(64, 96), guidance_rescale=rescale, **size))
     with SDContext(tiny_folder(SDXL_V), threads=1) as context:
         assert (context.info.prediction, context.info.zero_snr) == ("v", True)
         context.generate(PROMPT, NEGATIVE, **ZERO_SNR, guidance_rescale=rescale)
@@ -202,25 +223,37 @@ def test_zero_terminal_snr(rescale: float, tiny_folder: Callable[..., Path]) -> 
         assert relative_rmse(latent_of(context), want) > 0.01, "the noise levels have no effect"
 
 
-def test_ssd_1b_paints(tiny_folder: Callable[..., Path]) -> None:
-    truth = Truth(SSD_1B, tiny_folder(SSD_1B))
-    want = truth.paint(latents=noise(64, 96), width=96, height=64)
+def test_ssd_1b_paints(tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once) -> None:
+    want = once(lambda: truth_of(SSD_1B).paint(latents=noise(64, 96), width=96, height=64))
     with SDContext(tiny_folder(SSD_1B), threads=1) as context:
         context.generate(PROMPT, NEGATIVE, width=96, height=64, **REQUEST)
         assert_close(latent_of(context), want, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["runtime", "restore"])
-def test_multipliers_of_each_part_are_diffusers(mode: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_multipliers_of_each_part_are_diffusers(
+    mode: str, tiny_folder: Callable[..., Path], once: Once, tmp_path: Path
+) -> None:
     """kohya's lora_te1_, lora_te2_ and lora_unet_ as set_adapters weighs the same factors."""
+    loras, want = once(lambda: weighed_by_diffusers(tiny_folder(SDXL), tmp_path))
+    with SDContext(tiny_folder(SDXL), lora_dir=loras, lora_mode=mode, threads=1) as context:
+        request = REQUEST | {"width": 64, "height": 64}
+        context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
+        assert_close(latent_of(context), want, tolerance=1e-4)
+        context.generate(f"{PROMPT}<lora:x:te=0.4:unet=-0.5>", NEGATIVE, **request)
+        assert relative_rmse(latent_of(context), want) > 0.01, "te2 has no effect"
+
+
+def weighed_by_diffusers(folder: Path, loras: Path) -> tuple[Path, np.ndarray]:
+    """The folder with x.safetensors, and the latent that SDXL's pipeline paints with it."""
     import peft
     import torch
 
-    truth = Truth(SDXL, tiny_folder(SDXL))
+    truth = Truth(SDXL, folder)
     attention = [path for path in lora_files.modules("linear", "unet text_encoder text_encoder_2", SDXL)
                  if path.endswith((".to_q", ".to_v", ".q_proj", ".v_proj"))]  # fmt: skip
     update = lora_files.random_update(attention, seed=3, model=SDXL)
-    lora_files.save(tmp_path / "x.safetensors", lora_files.tensors_of(update, lora_files.numbered))
+    lora_files.save(loras / "x.safetensors", lora_files.tensors_of(update, lora_files.numbered))
     pipe = truth.pipeline()
     for part in ("text_encoder", "text_encoder_2", "unet"):
         network = getattr(pipe, part)
@@ -243,19 +276,23 @@ def test_multipliers_of_each_part_are_diffusers(mode: str, tiny_folder: Callable
         height=64,
         output_type="latent",
     ).images.numpy()
-    with SDContext(tiny_folder(SDXL), lora_dir=tmp_path, lora_mode=mode, threads=1) as context:
-        request = REQUEST | {"width": 64, "height": 64}
-        context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
-        assert_close(latent_of(context), want, tolerance=1e-4)
-        context.generate(f"{PROMPT}<lora:x:te=0.4:unet=-0.5>", NEGATIVE, **request)
-        assert relative_rmse(latent_of(context), want) > 0.01, "te2 has no effect"
+    return loras, want
 
 
-def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
+def test_more_text_than_one_window(
+    tiny_folder: Callable[..., Path], truth_of: Callable[..., Truth], once: Once
+) -> None:
     """SDXL: chunks side by side, weights by encoder, the picture's vector from the first chunk."""
+    want = once(lambda: painted_of_two_windows(truth_of(SDXL)))
+    with SDContext(tiny_folder(SDXL), threads=1) as context:
+        request = REQUEST | {"steps": 2, "cfg_scale": 1.0, "width": 64, "height": 64}
+        context.generate("a red heart BREAK (blue sea:1.5)", **request)
+        assert_close(latent_of(context), want, tolerance=1e-3)
+
+
+def painted_of_two_windows(truth: Truth) -> np.ndarray:
     import torch
 
-    truth = Truth(SDXL, tiny_folder(SDXL))
     pipe = truth.pipeline()
     first, _, pooled, _ = pipe.encode_prompt("a red heart", do_classifier_free_guidance=False)
     second, *_ = pipe.encode_prompt("blue sea", do_classifier_free_guidance=False)
@@ -265,7 +302,7 @@ def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
     for part in second.split([SDXL.text_width, SDXL.text_2_width], dim=-1):
         weighted = part * weights
         parts.append(weighted * (part.mean() / weighted.mean()))
-    want = pipe(
+    return pipe(
         prompt_embeds=torch.cat([first, torch.cat(parts, dim=-1)], dim=1),
         pooled_prompt_embeds=pooled,
         guidance_scale=1.0,
@@ -275,10 +312,6 @@ def test_more_text_than_one_window(tiny_folder: Callable[..., Path]) -> None:
         height=64,
         output_type="latent",
     ).images.numpy()
-    with SDContext(tiny_folder(SDXL), threads=2) as context:
-        request = REQUEST | {"steps": 2, "cfg_scale": 1.0, "width": 64, "height": 64}
-        context.generate("a red heart BREAK (blue sea:1.5)", **request)
-        assert_close(latent_of(context), want, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("model", [SD2, SDXL, SSD_1B], ids=IDS.get)
@@ -286,7 +319,7 @@ def test_a_single_file_paints_the_same(model: tiny.TinySD1, tiny_folder: Callabl
     request = REQUEST | {"width": 64, "height": 64, "steps": 2}
     latents = []
     for path in (tiny_folder(model), tiny_sdxl.write_single(model, tmp_path / "single.safetensors")):
-        with SDContext(path, threads=2) as context:
+        with SDContext(path, threads=1) as context:
             context.generate(PROMPT, NEGATIVE, **request)
             latents.append(latent_of(context))
     np.testing.assert_array_equal(*latents)

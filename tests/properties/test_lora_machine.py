@@ -25,6 +25,7 @@ from cases_dit import FLUX, SD35_MEDIUM
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from kernel_sets import Kernels
 
 from sdcpp_py import BadArgument, Cancelled, SDContext, SdcppError, _native
 
@@ -253,7 +254,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, native: Callable[..., Any])
 
 @pytest.fixture(params=[(*model, mode) for model in MODELS for mode in ("runtime", "restore")], ids="-".join)
 def world(
-    request: pytest.FixtureRequest, models: Callable[[str, str], Path], loras: Callable[[str], Path]
+    request: pytest.FixtureRequest,
+    all_kernels: Kernels,
+    models: Callable[[str, str], Path],
+    loras: Callable[[str], Path],
 ) -> Iterator[World]:
     family, kind, mode = request.param
     made = World(models(family, kind), loras(family), mode)

@@ -9,7 +9,7 @@ import shipped
 
 from sdcpp_py import SDContext, _native
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("all_kernels")]
 
 SWITCHES, PAINT_EVERY = 1000, 40
 RUN: dict[str, Any] = {"steps": 2, "width": 64, "height": 64, "cfg_scale": 3.0, "seed": 5}

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import kernel_sets
 import lora_files
 import numpy as np
 import pytest
@@ -26,34 +27,15 @@ def open_model(path: Path, **options: object) -> _native.Context:
     return _native.Context(str(path), data_dir=str(data_dir()), **options)
 
 
-def sets() -> list[str]:
-    """The kernel sets that this processor runs; it always runs two."""
-    return [name for name in ("reference", "plain", "avx2", "avx512") if name in runnable()]
-
-
-def features() -> set[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-
-
-def runnable() -> set[str]:
-    needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"}}
-    return {"reference", "plain"} | {name for name, wanted in needs.items() if wanted <= features()}
-
-
-def has_bf16() -> bool:
-    return "avx512_bf16" in features()
-
-
-@pytest.mark.parametrize("kernels", sets())
+@pytest.mark.parametrize("name", [kernels.name for kernels in kernel_sets.runnable("f32")])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_set_matches_diffusers_stored_answer(
-    case: Case, kernels: str, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    case: Case, name: str, tiny_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Float32 on both sides, as in test_networks."""
-    monkeypatch.setenv("SDCPP_KERNELS", kernels)
+    monkeypatch.setenv("SDCPP_KERNELS", name)
     context = open_model(tiny_folder(case.model), threads=2)
-    assert context.info()["kernels"] == kernels
+    assert context.info()["kernels"] == name
     assert context.info()["precision"] == "f32"
     assert_close(_native.probe_run(context, case.network, **case.inputs), GOLDEN[case.name], tolerance=1e-5)
 
@@ -66,7 +48,7 @@ def test_the_number_of_threads_changes_no_bit(case: Case, tiny_folder: Callable[
     assert one.tobytes() == three.tobytes()
 
 
-@pytest.mark.skipif(not has_bf16(), reason="this processor multiplies no bf16")
+@pytest.mark.skipif(not kernel_sets.runnable("bf16"), reason="this processor multiplies no bf16")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bf16_is_as_close_as_its_eight_bits(case: Case, tiny_folder: Callable[..., Path]) -> None:
     """bf16 rounds factors by up to 2^-9; over the tiny networks that comes to some 1 %."""

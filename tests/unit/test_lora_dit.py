@@ -16,12 +16,14 @@ import pytest
 import reference_lora
 from cases_dit import FLUX, FLUX_FILL, FLUX_SCHNELL, SD3, SD35_MEDIUM
 from closeness import assert_close
+from kernel_sets import Kernels
 from lora_dit import Update, denoise, kohya, matrices, peft, split
 from tiny_dit import Tensors
 
 from sdcpp_py import BadArgument, BadFile, SDContext, _native
 
 TOLERANCE = 1e-5  # float32 on both sides: the order of sums
+pytestmark = pytest.mark.usefixtures("kernels")
 
 Opens = Callable[..., SDContext]
 
@@ -327,8 +329,14 @@ def write_gguf(weights: Tensors, path: Path, kind: gguf.GGMLQuantizationType) ->
     return path, meant
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_case_32_turbo_alpha_on_fill(kind: str, dit_with: Callable[..., SDContext], tmp_path: Path) -> None:
+# ggml's own products round what they multiply as the weights are: to 11 bits, or to 127 steps of a block's largest.
+ROUNDED = {"F16": 5e-3, "Q8_0": 4e-2, "Q4_0": 4e-2}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_case_32_turbo_alpha_on_fill(
+    kind: str, kernels: Kernels, dit_with: Callable[..., SDContext], tmp_path: Path
+) -> None:
     """The first 64 of 384 input features change, and nothing is left when the prompt drops it."""
     file, meant = write_gguf(lora_dit.original(FLUX_FILL), tmp_path / "fill.gguf", gguf.GGMLQuantizationType[kind])
     update = turbo()
@@ -340,7 +348,7 @@ def test_case_32_turbo_alpha_on_fill(kind: str, dit_with: Callable[..., SDContex
         assert report.padded == ["transformer.x_embedder: 64 of 384 input features"]
         assert (report.unmatched, report.skipped) == ([], [])
         context.apply_loras([(str(path), 1.0)])
-        assert_close(denoise(context, FLUX_FILL), want, TOLERANCE)
+        assert_close(denoise(context, FLUX_FILL), want, ROUNDED[kind] if kernels.name == "reference" else TOLERANCE)
         context.apply_loras([])
         np.testing.assert_array_equal(denoise(context, FLUX_FILL), base)
         assert context.fingerprint() == fingerprint
@@ -452,7 +460,7 @@ def test_weights_that_are_written(mode: str, dit_with: Callable[..., SDContext],
     update = lora_dit.random_update(FLUX, split(FLUX, matrices(FLUX)))
     want = denoise(dit_with(FLUX, lora_dit.merged(FLUX, (update, 0.7))), FLUX)
     path = lora_dit.write(peft("transformer.")(update), tmp_path / "all.safetensors")
-    with SDContext(dit(FLUX)._path, threads=1, precision="f32", lora_mode=mode) as context:
+    with SDContext(dit(FLUX)._path, threads=1, lora_mode=mode) as context:
         fingerprint = context.fingerprint()
         context.apply_loras([(str(path), 0.7)])
         assert_close(denoise(context, FLUX), want, TOLERANCE)

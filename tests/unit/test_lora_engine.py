@@ -22,6 +22,7 @@ import reference_lora
 import tiny
 from cases import SD1
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 from lora_files import Stored, Update, random_update, save, tensors_of
 
 from sdcpp_py import BadArgument, BadFile, SDContext, SdcppError, Unsupported, _native
@@ -79,9 +80,10 @@ def folder(tiny_folder: Callable[[tiny.TinySD1], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def contexts(folder: Path) -> Iterator[dict[str, SDContext]]:
+def contexts(folder: Path, kernels: Kernels) -> Iterator[dict[str, SDContext]]:
     """A context of each mode on the tiny model."""
     opened = {mode: SDContext(folder, threads=1, lora_mode=mode) for mode in (*MODES, "diff")}
+    assert {context.info.kernels for context in opened.values()} == {kernels.name}
     yield opened
     for context in opened.values():
         context.close()

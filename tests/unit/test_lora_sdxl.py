@@ -22,6 +22,7 @@ import tiny
 import tiny_sdxl
 from cases import SD2, SDXL, denoise, text
 from closeness import assert_close, relative_rmse
+from kernel_sets import Kernels
 from lora_files import Update, random_update, save, tensors_of
 from rich.console import Console
 from tiny_sdxl import SSD_1B
@@ -81,7 +82,10 @@ def assert_same_answers(got: dict[str, np.ndarray], want: dict[str, np.ndarray],
 
 @pytest.fixture(scope="module", params=[SD2, SDXL], ids=["sd2", "sdxl"])
 def model(
-    request: pytest.FixtureRequest, tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    kernels: Kernels,
+    tiny_folder: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Model]:
     single = tiny_sdxl.write_single(request.param, tmp_path_factory.mktemp("single") / "model.safetensors")
     contexts = {mode: SDContext(single, threads=1, lora_mode=mode) for mode in ("runtime", "restore")}
@@ -218,6 +222,7 @@ def test_encoders_have_their_own_multiplier(tmp_path: Path, model: Model) -> Non
         assert_same_answers(model.answers("runtime", {file: told}), model.answers("runtime", {alone: 0.7}))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mode", ["runtime", "restore"])
 def test_each_text_encoder_of_sdxl_by_itself(
     mode: str, tiny_folder: Callable[..., Path], model_with: Callable[..., dict[str, np.ndarray]], tmp_path: Path
@@ -243,6 +248,7 @@ def test_each_text_encoder_of_sdxl_by_itself(
         context.generate("a cat", **request)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_loras_of_sdxl_with_blocks_removed(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     """SSD-1B's by both names of its UNet; of those for a whole SDXL, what there is, and a warning."""
     update = random_update(lora_files.modules("linear conv", "unet", SSD_1B), seed=8, model=SSD_1B)
@@ -332,6 +338,7 @@ def test_case_42_a_lora_of_another_family_is_refused_by_its_name(model: Model, t
 # ---- weights per block ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 def test_weights_per_block(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     """lbw of SDXL's layouts acts by the original names of blocks; BASE is the encoders, and time and size."""
     update = random_update(lora_files.modules("linear", "unet text_encoder_2", SDXL), seed=6, model=SDXL)

@@ -265,12 +265,10 @@ def large_vae(model: tiny.TinySD1, folder: Path, dtype: str, *, force_upcast: bo
     return folder
 
 
-@pytest.mark.parametrize("kernels", ["", "reference"], ids=["ours", "ggml's"])
-def test_the_autoencoder_may_leave_the_range_of_f16(
-    kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["", "reference"], ids=["ours", "ggml's"])
+def test_the_autoencoder_may_leave_the_range_of_f16(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ggml's products with f16 weights, which other devices use, round what they multiply to f16."""
-    monkeypatch.setenv("SDCPP_KERNELS", kernels)
+    monkeypatch.setenv("SDCPP_KERNELS", name)
 
     def decode(context: SDContext) -> np.ndarray:
         return _native.probe_run(context._native, DECODE.network, **DECODE.inputs)
@@ -281,7 +279,7 @@ def test_the_autoencoder_may_leave_the_range_of_f16(
         assert_close(decode(context), want, tolerance=1e-6)
     # That of the folder which says that its autoencoder needs no care shows what would happen without it.
     with SDContext(large_vae(SDXL, tmp_path / "f16-as-told", "float16", force_upcast=False)) as context:
-        assert np.isfinite(decode(context)).all() == (kernels != "reference")
+        assert np.isfinite(decode(context)).all() == (name != "reference")
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,10 @@ def test_states_are_those_of_transformers(tmp_path, case):
     assert_close(got[0], GOLDEN[case.name], tolerance=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "plain"])
-def test_activations_beyond_half_precision(tmp_path, monkeypatch, kernels):
+@pytest.mark.parametrize("name", ["reference", "plain"])
+def test_activations_beyond_half_precision(tmp_path, monkeypatch, name):
     """ggml's products with f16 weights, which other devices use, round what they multiply to f16."""
-    monkeypatch.setenv("SDCPP_KERNELS", kernels)
+    monkeypatch.setenv("SDCPP_KERNELS", name)
     case = next(case for case in STATES if case.model == LOUD)
     got = _native.probe_t5(str(tiny_t5.write_folder(LOUD, tmp_path, "float16")), case.ids)
     assert_close(got[0], GOLDEN[case.name], tolerance=5e-3)

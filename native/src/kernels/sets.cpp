@@ -19,6 +19,13 @@ extern const KernelSet set_avx2, set_avx512, set_avx512_bf16, set_amx;
 #endif
 extern const KernelSet set_plain;
 
+#ifdef SDCPP_X86_KERNELS
+bool has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
+}
+#endif
+
 namespace {
 
 struct Candidate {
@@ -27,12 +34,6 @@ struct Candidate {
 };
 
 #ifdef SDCPP_X86_KERNELS
-// Clang's __builtin_cpu_supports() does not know it.
-bool has_f16c() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & 1u << 29);
-}
-
 // Linux lends the tile registers to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;

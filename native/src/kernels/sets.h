@@ -14,4 +14,7 @@ const KernelSet * kernel_set(const std::string & name, bool bf16);
 // Whether the processor multiplies bf16 natively.
 bool has_native_bf16();
 
+// Of x86 alone: what Clang's __builtin_cpu_supports() does not know.
+bool has_f16c();
+
 } // namespace sd

@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "core/memory.h"
 #include "kernels/sets.h"
+#include "nn/processor.h"
 
 #include <ggml-backend.h>
 #include <ggml-cpp.h>
@@ -25,6 +26,7 @@ std::string lower(std::string text) {
 
 // Backends that ggml loads at run time (GGML_BACKEND_DL) register once, before anybody asks.
 void load_backends() {
+    check_processor();
     static const bool done = (ggml_backend_load_all(), true);
     (void) done;
 }
