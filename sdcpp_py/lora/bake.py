@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from .. import check
 from ..errors import BadArgument, Unsupported
 from ..files import AnyPath, is_same
+from ..progress import OnProgress
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
 from ..weights.names import single_file_names, with_one_autoencoder
@@ -22,7 +23,6 @@ from .rewrite import Input, base_of, is_matrix
 from .source import Change, Floats
 from .tools import AnyLora, open_together, read_loras
 
-OnProgress = Callable[[int, int, str], Any]
 _SHOWN: Final = 3  # names in a note
 
 
@@ -62,8 +62,10 @@ def bake(
         Cancelled: `on_progress` said so.
         Io: A file cannot be read or written.
     """
+    check.callback("on_progress", on_progress)
+    check.flag("dry_run", dry_run)
     base = Model(model)
-    library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
+    library = LoraLibrary(lora_dir)
     tags = [_located(tag, library) for tag in read_loras(loras)]
     inputs = open_together(tags, None, base)
     target = check.path("output", output)

@@ -9,12 +9,13 @@ import numpy as np
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..progress import OnProgress, tell
 from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
 from .model import Model
 from .outline import NORM
-from .rewrite import OnStep, base_of, step
+from .rewrite import base_of
 from .source import LoraSource, described
 from .tools import open_together
 
@@ -95,7 +96,7 @@ def diff(
     *,
     family: str | None = None,
     model: AnyPath | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> LoraDiff:
     """Compares what two LoRAs do to a model.
 
@@ -112,6 +113,7 @@ def diff(
         Cancelled: `on_step` returned False.
         Io: A file cannot be read.
     """
+    check.callback("on_step", on_step)
     base = None if model is None else Model(model)
     first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
     if first.family != second.family:
@@ -136,7 +138,7 @@ def diff(
                 (out.only_a if leaf in ours else out.only_b).append(name)
             else:
                 out.modules.append(ModuleDiff(name, squares.a**0.5, squares.b**0.5, squares.difference, squares.cosine))
-        step(on_step, done, len(modules), module.name, "the comparison")
+        tell(on_step, done, len(modules), module.name, "the comparison was stopped")
     out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
     out.difference, out.cosine = whole.difference, whole.cosine
     return out

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, TypedDict
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..progress import OnProgress
 from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
 from .blocks import Blocks, read_blocks
 from .model import Model
-from .outline import outline_of
-from .rewrite import Input, OnStep, Plan, Rewritten, canonical, rewrite
+from .outline import FAMILIES, outline_of
+from .rewrite import METHODS, Input, Plan, Rewritten, canonical, rewrite
 from .source import LoraSource, described
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Options(TypedDict, total=False):
     model: AnyPath | None
     skip_unknown: bool
     threads: int | None
-    on_step: OnStep | None
+    on_step: OnProgress | None
 
 
 def convert(
@@ -51,7 +52,7 @@ def convert(
     model: AnyPath | None = None,
     skip_unknown: bool = False,
     threads: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Rewritten:
     """Writes a LoRA in another format.
 
@@ -98,7 +99,7 @@ def merge(
     model: AnyPath | None = None,
     skip_unknown: bool = False,
     threads: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Rewritten:
     """Writes the sum of LoRAs, each times its ratio, as one file.
 
@@ -123,7 +124,7 @@ def merge(
     inputs = open_together(read_loras(loras), family, base)
     first = inputs[0].source
     plan = Plan(
-        spelling.format_of(to or default_format(first), first.family),
+        spelling.format_of(default_format(first) if to is None else to, first.family),
         rank=rank,
         energy=energy,
         method=method,
@@ -203,7 +204,7 @@ def prune(
         return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
     plan = Plan(
-        spelling.format_of(to or default_format(source), source.family),
+        spelling.format_of(default_format(source) if to is None else to, source.family),
         type=options.get("type"),
         threads=threads_of(options.get("threads")),
         keep=stays,
@@ -276,9 +277,7 @@ def read_loras(loras: Iterable[AnyLora]) -> list[LoraTag]:
     Raises:
         BadArgument: One is named otherwise, there is none, or a ratio is no finite number.
     """
-    if isinstance(loras, (str, bytes, os.PathLike)) or not isinstance(loras, Iterable):
-        raise BadArgument("loras: must be a list, such as [('a.safetensors', 0.8)]")
-    tags = [_read_lora(lora) for lora in loras]
+    tags = [_read_lora(lora) for lora in check.entries("loras", loras, "[('a.safetensors', 0.8)]")]
     if not tags:
         raise BadArgument("loras: there is none; name one or more")
     return tags
@@ -331,6 +330,7 @@ def _input(tag: LoraTag, source: LoraSource) -> Input:
 
 def open_lora(path: AnyPath, family: str | None, model: Model | None) -> LoraSource:
     """A LoRA file, against a model's own modules where it is at hand."""
+    check.optional(check.one_of, "family", family, FAMILIES)
     if model is None:
         return LoraSource(path, family=family)
     return LoraSource(path, outline=model.outline, sizes=model.sizes)
@@ -341,7 +341,7 @@ def _model(path: AnyPath | None) -> Model | None:
 
 
 def _density(method: str, density: float | None) -> float:
-    if method == "sum" and density is not None:
+    if check.one_of("method", method, METHODS) == "sum" and density is not None:
         raise BadArgument("density: is for ties and dare; name a method")
     return 0.5 if density is None else check.number("density", density)
 
