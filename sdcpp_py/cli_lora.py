@@ -68,7 +68,7 @@ def diff(
     family: Family = None,
     model: Model = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Compare what two LoRAs do to a model, whatever their formats."""
     set_up_log(verbose=False)

@@ -13,7 +13,7 @@ from ..progress import OnProgress, tell
 from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
-from .model import Model
+from .model import Model, model_at
 from .outline import NORM
 from .rewrite import base_of
 from .source import LoraSource, described
@@ -114,34 +114,36 @@ def diff(
         Io: A file cannot be read.
     """
     check.callback("on_step", on_step)
-    base = None if model is None else Model(model)
-    first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
-    if first.family != second.family:
-        raise BadArgument(
-            f"{second.path}: made for {described(second.family)}, but {first.path} is for {described(first.family)}"
-        )
-    out = LoraDiff(str(Path(first.path)), str(Path(second.path)), first.family)
-    told = first.report.metadata, second.report.metadata
-    for key in sorted({*told[0], *told[1]}):
-        if told[0].get(key) != told[1].get(key):
-            out.metadata[key] = (told[0].get(key), told[1].get(key))
-    whole = _Squares()
-    modules = sorted({*first.modules(), *second.modules()})
-    for done, i in enumerate(modules, start=1):
-        module = first.outline.modules[i]
-        ours, theirs = _sums(first, i, base), _sums(second, i, base)
-        for leaf in sorted({*ours, *theirs}):
-            name = f"{module.component}.{module.name}" + ("" if leaf == "weight" else f".{leaf}")
-            squares = _compared(name, first, second, ours.get(leaf), theirs.get(leaf))
-            whole.add(squares)
-            if leaf not in ours or leaf not in theirs:
-                (out.only_a if leaf in ours else out.only_b).append(name)
-            else:
-                out.modules.append(ModuleDiff(name, squares.a**0.5, squares.b**0.5, squares.difference, squares.cosine))
-        tell(on_step, done, len(modules), module.name, "the comparison was stopped")
-    out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
-    out.difference, out.cosine = whole.difference, whole.cosine
-    return out
+    with model_at(model) as base:
+        first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
+        if first.family != second.family:
+            raise BadArgument(
+                f"{second.path}: made for {described(second.family)}, but {first.path} is for {described(first.family)}"
+            )
+        out = LoraDiff(str(Path(first.path)), str(Path(second.path)), first.family)
+        told = first.report.metadata, second.report.metadata
+        for key in sorted({*told[0], *told[1]}):
+            if told[0].get(key) != told[1].get(key):
+                out.metadata[key] = (told[0].get(key), told[1].get(key))
+        whole = _Squares()
+        modules = sorted({*first.modules(), *second.modules()})
+        for done, i in enumerate(modules, start=1):
+            module = first.outline.modules[i]
+            ours, theirs = _sums(first, i, base), _sums(second, i, base)
+            for leaf in sorted({*ours, *theirs}):
+                name = f"{module.component}.{module.name}" + ("" if leaf == "weight" else f".{leaf}")
+                squares = _compared(name, first, second, ours.get(leaf), theirs.get(leaf))
+                whole.add(squares)
+                if leaf not in ours or leaf not in theirs:
+                    (out.only_a if leaf in ours else out.only_b).append(name)
+                else:
+                    out.modules.append(
+                        ModuleDiff(name, squares.a**0.5, squares.b**0.5, squares.difference, squares.cosine)
+                    )
+            tell(on_step, done, len(modules), module.name, "the comparison was stopped")
+        out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
+        out.difference, out.cosine = whole.difference, whole.cosine
+        return out
 
 
 def _named(path: AnyPath) -> LoraTag:

@@ -68,28 +68,28 @@ def extract(
     check.one_of("type", type, TYPES)
     check.callback("on_step", on_step)
     target = check.path("output", output)
-    ours, theirs = Model(tuned), Model(base)
-    shared = _shared(ours, theirs)
-    usual = "kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"
-    format = spelling.format_of(usual if to is None else to, ours.family)
-    if format.name == "peft":
-        raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
-    out = Extracted(str(output), ours.family, format.name)
-    told: dict[str, str] = {}
+    with Model(tuned) as ours, Model(base) as theirs:
+        shared = _shared(ours, theirs)
+        usual = "kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"
+        format = spelling.format_of(usual if to is None else to, ours.family)
+        if format.name == "peft":
+            raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
+        out = Extracted(str(output), ours.family, format.name)
+        told: dict[str, str] = {}
 
-    def make(i: int) -> Made:
-        return _make(ours, theirs, i, format, rank, energy, type)
+        def make(i: int) -> Made:
+            return _make(ours, theirs, i, format, rank, energy, type)
 
-    work = in_parallel(
-        make, shared, lambda i: 4 * ours.sizes[i].rows * max(1, ours.sizes[i].columns), threads_of(threads)
-    )
-    with safetensors_file(target, told) as writer:
-        names = [ours.outline.modules[i].name for i in shared]
-        out.left_out = write_modules(writer, work, names, out, on_step)
-        if not writer.names:
-            raise BadArgument(f"{tuned}: does not differ from {base}; there is nothing to take out")
-        told |= spelling.metadata(format, ours.family, [], out.ranks, ["lora"])
-    return out
+        work = in_parallel(
+            make, shared, lambda i: 4 * ours.sizes[i].rows * max(1, ours.sizes[i].columns), threads_of(threads)
+        )
+        with safetensors_file(target, told) as writer:
+            names = [ours.outline.modules[i].name for i in shared]
+            out.left_out = write_modules(writer, work, names, out, on_step)
+            if not writer.names:
+                raise BadArgument(f"{tuned}: does not differ from {base}; there is nothing to take out")
+            told |= spelling.metadata(format, ours.family, [], out.ranks, ["lora"])
+        return out
 
 
 def _shared(tuned: Model, base: Model) -> list[int]:

@@ -19,7 +19,7 @@ from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
 from .blocks import Blocks, read_blocks
-from .model import Model
+from .model import Model, model_at
 from .outline import FAMILIES, outline_of
 from .rewrite import METHODS, Input, Plan, Rewritten, canonical, rewrite
 from .source import LoraSource, described
@@ -78,10 +78,10 @@ def convert(
         Cancelled: `on_step` returned False.
         Io: A file cannot be read or written.
     """
-    base = _model(model)
-    source = open_lora(path, family, base)
-    plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
-    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    with model_at(model) as base:
+        source = open_lora(path, family, base)
+        plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
+        return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def merge(
@@ -120,20 +120,20 @@ def merge(
 
     The rest and what it raises is as for ``convert``.
     """
-    base = _model(model)
-    inputs = open_together(read_loras(loras), family, base)
-    first = inputs[0].source
-    plan = Plan(
-        spelling.format_of(default_format(first) if to is None else to, first.family),
-        rank=rank,
-        energy=energy,
-        method=method,
-        density=_density(method, density),
-        seed=seed,
-        type=type,
-        threads=threads_of(threads),
-    )
-    return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    with model_at(model) as base:
+        inputs = open_together(read_loras(loras), family, base)
+        first = inputs[0].source
+        plan = Plan(
+            spelling.format_of(default_format(first) if to is None else to, first.family),
+            rank=rank,
+            energy=energy,
+            method=method,
+            density=_density(method, density),
+            seed=seed,
+            type=type,
+            threads=threads_of(threads),
+        )
+        return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def scale(
@@ -192,25 +192,25 @@ def prune(
     keep, drop = check.texts("keep", keep), check.texts("drop", drop)
     if not keep and not drop:
         raise BadArgument("prune: give patterns to keep or to drop, such as --drop 'clip.*'")
-    base = _model(options.get("model"))
-    source = open_lora(path, options.get("family"), base)
-    names = [canonical(source, i) for i in source.modules()]
-    for pattern in (*keep, *drop):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
+    with model_at(options.get("model")) as base:
+        source = open_lora(path, options.get("family"), base)
+        names = [canonical(source, i) for i in source.modules()]
+        for pattern in (*keep, *drop):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
 
-    def stays(name: str) -> bool:
-        wanted = not keep or any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
-        return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
+        def stays(name: str) -> bool:
+            wanted = not keep or any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
+            return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
-    plan = Plan(
-        spelling.format_of(default_format(source) if to is None else to, source.family),
-        type=options.get("type"),
-        threads=threads_of(options.get("threads")),
-        keep=stays,
-    )
-    skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
-    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+        plan = Plan(
+            spelling.format_of(default_format(source) if to is None else to, source.family),
+            type=options.get("type"),
+            threads=threads_of(options.get("threads")),
+            keep=stays,
+        )
+        skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
+        return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def default_format(source: LoraSource) -> str:
@@ -334,10 +334,6 @@ def open_lora(path: AnyPath, family: str | None, model: Model | None) -> LoraSou
     if model is None:
         return LoraSource(path, family=family)
     return LoraSource(path, outline=model.outline, sizes=model.sizes)
-
-
-def _model(path: AnyPath | None) -> Model | None:
-    return None if path is None else Model(path)
 
 
 def _density(method: str, density: float | None) -> float:
