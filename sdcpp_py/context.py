@@ -21,7 +21,7 @@ from .files import AnyPath
 from .image import PaintedImage, Parameters, format_parameters
 from .lora.library import LoraLibrary
 from .lora.report import LoraReport
-from .lora.uses import Loras, LoraUse, lora_tags, multipliers, read_uses
+from .lora.uses import Loras, LoraUse, entries, lora_tags, multipliers, read_uses
 from .model_info import MemoryEstimate, ModelInfo, NetworkMemory
 from .prompt import Prompt, Span, parse, parse_negative
 from .request import Pair, Picture, Settings
@@ -421,6 +421,7 @@ class SDContext:
             negative_original_size, negative_crop_top_left, negative_target_size, "negative_"
         )
         check.callback("on_step", on_step)
+        loras = entries(loras)
 
         with self._lock:
             info = self._native.info()

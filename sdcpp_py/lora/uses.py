@@ -175,11 +175,20 @@ def lora_tags(library: LoraLibrary, loras: Loras) -> list[str]:
 # ---- the argument loras= -------------------------------------------------------------------------------
 
 
-def _as_tags(loras: object) -> list[LoraTag]:
-    """The argument in the form of tags; their names may be paths of the caller's own."""
+def entries(loras: object) -> list[Any]:
+    """What the argument holds, as a list that may be read more than once, which generators may not.
+
+    Raises:
+        BadArgument: It is no list of LoRAs.
+    """
     named = str(loras) if isinstance(loras, (str, os.PathLike)) else "pencil"
     series = loras.items() if isinstance(loras, Mapping) else loras
-    return [_as_tag(entry) for entry in check.entries("loras", series, f"[({shown(named)}, 0.8)]")]
+    return check.entries("loras", series, f"[({shown(named)}, 0.8)]")
+
+
+def _as_tags(loras: object) -> list[LoraTag]:
+    """The argument in the form of tags; their names may be paths of the caller's own."""
+    return [_as_tag(entry) for entry in entries(loras)]
 
 
 def _as_tag(entry: object) -> LoraTag:
