@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,34 +27,28 @@ def exact(tmp_path_factory: pytest.TempPathFactory):
 
 def torch_in_bfloat16(exact, case: Case) -> np.ndarray:
     """diffusers' answer with weights and activations of bfloat16."""
-    parts = exact.open(case.model)
-    for part in parts.values():
-        part.to(torch.bfloat16)
-    try:
-        inputs = {
-            name: torch.from_numpy(values).to(torch.bfloat16)
-            if name in ("latent", "text", "image")
-            else torch.from_numpy(values)
-            for name, values in case.inputs.items()
-        }
-        with torch.no_grad():
-            if case.network == "denoise":
-                out = parts["unet"](inputs["latent"], inputs["time"], inputs["text"]).sample
-            elif case.network == "vae_decode":
-                out = parts["vae"].decode(inputs["latent"]).sample
-            else:
-                out = parts["vae"].encode(inputs["image"]).latent_dist.parameters
-        return out.float().numpy()
-    finally:
-        for part in parts.values():
-            part.to(torch.float32)
+    parts = {name: copy.deepcopy(part).to(torch.bfloat16) for name, part in exact.open(case.model).items()}
+    inputs = {
+        name: torch.from_numpy(values).to(torch.bfloat16)
+        if name in ("latent", "text", "image")
+        else torch.from_numpy(values)
+        for name, values in case.inputs.items()
+    }
+    with torch.no_grad():
+        if case.network == "denoise":
+            out = parts["unet"](inputs["latent"], inputs["time"], inputs["text"]).sample
+        elif case.network == "vae_decode":
+            out = parts["vae"].decode(inputs["latent"]).sample
+        else:
+            out = parts["vae"].encode(inputs["image"]).latent_dist.parameters
+    return out.float().numpy()
 
 
 @pytest.mark.parametrize(
     "case", [c for c in NETWORKS if c.model == SD1 and c.network != "text"], ids=lambda case: case.name
 )
 def test_bf16_loses_no_more_than_torch(case: Case, exact, tiny_folder: Callable[..., Path]) -> None:
-    """Sums and norms stay float32 here, so that the error is smaller; a tenth is left for the luck of one draw."""
+    """Sums and norms stay float32 here, so that the error is smaller."""
     try:
         context = _native.Context(str(tiny_folder(case.model)), data_dir=str(data_dir()), threads=2, precision="bf16")
     except Exception as error:
@@ -63,4 +58,4 @@ def test_bf16_loses_no_more_than_torch(case: Case, exact, tiny_folder: Callable[
     want = exact.run(case)
     ours = relative_rmse(_native.probe_run(context, case.network, **case.inputs), want)
     theirs = relative_rmse(torch_in_bfloat16(exact, case), want)
-    assert ours <= 1.1 * theirs, f"{ours:.2e}, torch {theirs:.2e}"
+    assert ours <= theirs, f"{ours:.2e}, torch {theirs:.2e}"

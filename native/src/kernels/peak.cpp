@@ -19,8 +19,9 @@ struct Bench {
     Block              block{};
 
     explicit Bench(const KernelSet & set)
-        : panel(static_cast<size_t>(set.panel_bytes(1, channels)) / sizeof(float)), y(static_cast<size_t>(rows) * set.panel),
-          scratch(static_cast<size_t>(set.row_scratch(1, channels)) / sizeof(float) + 1) {
+        : panel(static_cast<size_t>(set.panel_bytes(Form::direct, 1, channels)) / sizeof(float)),
+          y(static_cast<size_t>(rows) * set.panel),
+          scratch(static_cast<size_t>(set.row_scratch(Form::direct, 1, channels)) / sizeof(float) + 1) {
         Rows & from = block.operands[0].rows;
         from.x = x.data(); // as bf16 they are numbers too
         from.bf16 = set.bf16;

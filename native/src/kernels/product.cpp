@@ -13,10 +13,14 @@ namespace {
 // Weights that are unpacked at a time, and sums that more channels are added to, stay in the second-level cache together
 // while rows pass by. Few channels at a time and many columns read rows less often; many channels add to sums less often.
 constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10; // bytes
+// By minimal filtering more time goes into inputs, which every block of columns transforms anew, and into sums: deeper and
+// wider blocks, beside which the sums lie in the third-level cache.
+constexpr int64_t filtered_weights_at_once = 512 << 10, filtered_sums_at_once = 2 << 20;
 constexpr int64_t columns_at_most = 320;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
 // Unpacking a block of weights must be little work beside multiplying by it.
 constexpr int64_t rows_at_least = 512, rows_of_quantised = 4096;
+constexpr int64_t filtered_channels = 16, filtered_rows = 64;
 
 int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
 int64_t inputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[2] : weight->ne[0]; }
@@ -80,24 +84,42 @@ Rows Product::rows_of(const ProductTerm & term) const {
     return rows;
 }
 
+// Where channels are few, transforming them costs more than the products that it saves; where pictures are small, weights.
+Form Product::form_of(const ProductTerm & term) const {
+    const Rows rows = rows_of(term);
+    if (!set.winograd || rows.taps_w != 3 || rows.taps_h != 3 || rows.stride != 1 || rows.pad != 1 ||
+        std::min(inputs_of(term.weight), outputs_of(term.weight)) < filtered_channels ||
+        rows.out_width * rows.out_height < filtered_rows) {
+        return Form::direct;
+    }
+    const bool doubled = rows.seen_width == 2 * rows.width && rows.seen_height == 2 * rows.height;
+    return doubled ? Form::winograd_doubled : Form::winograd;
+}
+
 // ---- which weights are unpacked at a time ---------------------------------------------------------------------
 
 void Product::plan_chunks() {
     int64_t longest = 0, taken = 0; // by the last chunk
     for (size_t term = 0; term < parts_.terms.size(); ++term) {
         const ggml_tensor * weight = parts_.terms[term].weight;
-        const int64_t       taps = taps_of(weight), inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
+        const Form          form = form_of(parts_.terms[term]);
+        const int           taps = static_cast<int>(taps_of(weight)), products = products_of(form, taps);
+        const int64_t       inputs = inputs_of(weight), block = ggml_blck_size(weight->type);
         // A value meets its gate when both are complete: all at a time.
-        const int64_t most = gated() ? inputs : std::max<int64_t>(set.depth / taps, 16);
+        const int     depth = form == Form::direct ? set.depth : set.depth / 3 * 4;
+        const int64_t most = gated() ? inputs : std::max<int64_t>(depth / products, 16);
         const int64_t pieces = (inputs + most - 1) / most;
-        const int64_t step = std::max<int64_t>(block, set.channel_step);
+        // Whole vectors are transformed much faster than the rest.
+        const int64_t step = std::max<int64_t>(block, form == Form::direct ? set.channel_step : set.lanes);
         const int64_t length = ((inputs + pieces - 1) / pieces + step - 1) / step * step; // of nearly the same length
         longest = std::max(longest, length);
+        filtered_ = filtered_ || form != Form::direct;
         for (int64_t first = 0; first < inputs; first += length) {
-            const Slice slice{term, static_cast<int>(taps), static_cast<int>(std::min(length, inputs - first)), first};
+            const Slice slice{term, form, taps, static_cast<int>(std::min(length, inputs - first)), first};
             // An adapter's few channels come with the last of the layer's, and sums are written once for both.
-            const bool joins = !chunks_.empty() && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= set.depth));
-            taken = taps * slice.length + (joins ? taken : 0);
+            const bool both_direct = !chunks_.empty() && form == Form::direct && chunks_.back().front().form == Form::direct;
+            const bool joins = both_direct && (gated() || (chunks_.back().size() == 1 && taken + taps * slice.length <= set.depth));
+            taken = products * slice.length + (joins ? taken : 0);
             if (joins) {
                 chunks_.back().push_back(slice);
             } else {
@@ -111,8 +133,8 @@ void Product::plan_chunks() {
     for (const Chunk & chunk : chunks_) {
         size_t panel_bytes = 0, row_bytes = 0;
         for (const Slice & slice : chunk) {
-            panel_bytes += aligned(set.panel_bytes(slice.taps, slice.length) * panels);
-            row_bytes += aligned(set.row_scratch(slice.taps, slice.length));
+            panel_bytes += aligned(set.panel_bytes(slice.form, slice.taps, slice.length) * panels);
+            row_bytes += aligned(set.row_scratch(slice.form, slice.taps, slice.length));
             pack_bytes_ = std::max(pack_bytes_, 2 * aligned(4 * pack_floats(slice))); // dequantised, and the set's own
         }
         panel_bytes_ = std::max(panel_bytes_, panel_bytes);
@@ -129,12 +151,13 @@ void Product::plan_columns() {
     for (const Chunk & chunk : chunks_) {
         int64_t bytes = 0;
         for (const Slice & slice : chunk) {
-            bytes += set.panel_bytes(slice.taps, slice.length) * (gated() ? 2 : 1);
+            bytes += set.panel_bytes(slice.form, slice.taps, slice.length) * (gated() ? 2 : 1);
         }
         deepest = std::max(deepest, bytes);
     }
     const int64_t panels = (columns_ + set.panel - 1) / set.panel;
-    const int64_t most = std::clamp<int64_t>(weights_at_once / deepest, 1, columns_at_most / set.panel);
+    const int64_t bytes = filtered_ ? filtered_weights_at_once : weights_at_once;
+    const int64_t most = std::clamp<int64_t>(bytes / deepest, 1, columns_at_most / set.panel);
     int64_t       blocks = (panels + most - 1) / most;
     if (rows_ < 2 * rows_at_least) { // then threads share columns
         blocks = std::min(panels, std::max<int64_t>(blocks, 2 * pool.threads()));
@@ -148,7 +171,8 @@ void Product::pack(const Slice & slice, int64_t row, int64_t rows, char * to, in
     const int64_t       taps = slice.taps, n = inputs_of(weight) * taps, first = slice.first * taps;
     const size_t        row_bytes = ggml_row_size(weight->type, n);
     const char *        from = static_cast<const char *>(weight->data) + static_cast<size_t>(row) * row_bytes;
-    Pack                p{from, element_of(weight->type), n, static_cast<int>(rows), slice.taps, slice.length, to, column, scratch};
+    Pack                p{slice.form, from,         element_of(weight->type), n,      static_cast<int>(rows),
+                          slice.taps, slice.length, to,                       column, scratch};
     if (is_element(weight->type)) {
         p.from = from + static_cast<size_t>(first) * ggml_type_size(weight->type);
     } else {
@@ -164,7 +188,7 @@ void Product::pack(const Slice & slice, int64_t row, int64_t rows, char * to, in
 }
 
 void Product::pack_columns(const Slice & slice, const Piece & piece, char * panels, char * scratch) const {
-    const int64_t bytes = set.panel_bytes(slice.taps, slice.length);
+    const int64_t bytes = set.panel_bytes(slice.form, slice.taps, slice.length);
     const int64_t halves = gated() ? 2 : 1;
     auto *        floats = reinterpret_cast<float *>(scratch);
     float *       own = floats + pack_floats(slice);
@@ -215,9 +239,9 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
         for (const Slice & slice : chunks_[i]) {
             pack_columns(slice, piece, to, pack_scratch);
             Operand & operand = block.operands[block.count++];
-            operand = {rows_of(parts_.terms[slice.term]), static_cast<int>(slice.first), slice.length, to};
+            operand = {slice.form, rows_of(parts_.terms[slice.term]), static_cast<int>(slice.first), slice.length, to};
             operand.rows.x = parts_.terms[slice.term].x->data;
-            to += aligned(set.panel_bytes(slice.taps, slice.length) * (columns_at_once_ / set.panel) * (gated() ? 2 : 1));
+            to += aligned(set.panel_bytes(slice.form, slice.taps, slice.length) * (columns_at_once_ / set.panel) * (gated() ? 2 : 1));
         }
         block.first = i == 0;
         block.last = i + 1 == chunks_.size();
@@ -225,16 +249,26 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
     }
 }
 
+// Where one of several equal shares of the rows begins: of a filtered picture with an even line.
+int64_t Product::row_at(int64_t share, int64_t shares) const {
+    if (!filtered_) {
+        return rows_ * share / shares;
+    }
+    const int64_t pairs = (ne_[2] + 1) / 2, pair = pairs * ne_[3] * share / shares;
+    return (pair / pairs * ne_[2] + pair % pairs * 2) * ne_[1];
+}
+
 void Product::run(ggml_tensor * out) {
     const int64_t columns = columns_at_once_, across = (columns_ + columns - 1) / columns;
     const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
     const int64_t most = std::max<int64_t>(rows_ / rows_at_least, 1);
     const bool    quantised = !is_element(parts_.terms.front().weight->type);
-    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : sums_at_once / (4 * columns)) : 1;
+    const int64_t sums = (filtered_ ? filtered_sums_at_once : sums_at_once) / (4 * columns);
+    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : sums) : 1;
     const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
     pool.run(across * down, flops(), [&](int64_t number, int thread) {
         const int64_t row = number / across, column = number % across;
-        work(out, {rows_ * row / down, rows_ * (row + 1) / down, column * columns, std::min((column + 1) * columns, columns_)},
+        work(out, {row_at(row, down), row_at(row + 1, down), column * columns, std::min((column + 1) * columns, columns_)},
              thread);
     });
 }
@@ -264,9 +298,11 @@ std::unique_ptr<Operation> Product::narrowed() const {
 
 std::string Product::describe() const {
     const ggml_tensor * weight = parts_.terms.front().weight;
-    const std::string   kind = taps_of(weight) > 1 ? text("convolution %lldx%lld", static_cast<long long>(weight->ne[0]),
-                                                          static_cast<long long>(weight->ne[1]))
-                                                   : "product";
+    std::string         kind = "product";
+    if (taps_of(weight) > 1) {
+        kind = text("convolution %lldx%lld", static_cast<long long>(weight->ne[0]), static_cast<long long>(weight->ne[1]));
+        kind += form_of(parts_.terms.front()) == Form::direct ? "" : " (Winograd)";
+    }
     return text("%s %lld -> %lld%s, %lld rows, %s", kind.c_str(), static_cast<long long>(inputs_of(weight)),
                 static_cast<long long>(outputs_of(weight)), parts_.terms.size() > 1 ? " with adapters" : "",
                 static_cast<long long>(rows_), ggml_type_name(weight->type));
@@ -275,7 +311,9 @@ std::string Product::describe() const {
 double Product::flops() const {
     double flops = 0;
     for (const ProductTerm & term : parts_.terms) {
-        flops += 2.0 * static_cast<double>(rows_ * taps_of(term.weight) * inputs_of(term.weight) * outputs_of(term.weight));
+        const Form   form = form_of(term);
+        const double products = products_of(form, static_cast<int>(taps_of(term.weight))) / (form == Form::direct ? 1.0 : 4.0);
+        flops += 2.0 * products * static_cast<double>(rows_ * inputs_of(term.weight) * outputs_of(term.weight));
     }
     return flops;
 }

@@ -45,6 +45,7 @@ class Product final : public Operation {
   private:
     struct Slice { // some input channels of a term
         size_t  term;
+        Form    form;
         int     taps, length;
         int64_t first;
     };
@@ -54,6 +55,8 @@ class Product final : public Operation {
     };
 
     Rows    rows_of(const ProductTerm & term) const;
+    Form    form_of(const ProductTerm & term) const;
+    int64_t row_at(int64_t share, int64_t shares) const;
     void    plan_chunks();
     void    plan_columns();
     int64_t pack_floats(const Slice & slice) const;
@@ -68,6 +71,7 @@ class Product final : public Operation {
     int64_t                columns_at_once_ = 0; // whole panels
     int64_t                rows_ = 0;  // of the result
     std::vector<Chunk>     chunks_;
+    bool                   filtered_ = false; // some of them by minimal filtering
     std::vector<float>     zeros_;
     size_t                 panel_bytes_ = 0, pack_bytes_ = 0, row_bytes_ = 0; // of scratch
 };

@@ -6,6 +6,15 @@
 
 namespace sd {
 
+// How a weight meets its rows: tap by tap, or, of 3x3 taps, stride 1 and one pixel of padding, by minimal filtering, which
+// multiplies 16 times for four results in the place of 36, and 9 times where x is enlarged to twice its size.
+enum class Form { direct, winograd, winograd_doubled };
+
+// Of one channel and column, for one result or, by minimal filtering, four.
+static constexpr int products_of(Form form, int taps) {
+    return form == Form::winograd ? 16 : form == Form::winograd_doubled ? 9 : taps;
+}
+
 enum class Activation { none, silu, gelu, quick_gelu, gelu_tanh, geglu };
 
 // Activations, in f32, or in bf16 where a set's products round them to it anyway.
@@ -44,6 +53,7 @@ struct Epilogue {
 
 // Rows and the panels that they meet: channels [c0, c0 + length) of every tap.
 struct Operand {
+    Form         form;
     Rows         rows;
     int          c0, length;
     const void * panels; // as pack() left them; those of the next column KernelSet::panel_bytes() further
@@ -52,8 +62,8 @@ struct Operand {
 // y[row, column] (+)= sum over operands, taps and channels of rows times panels.
 struct Block {
     Operand          operands[2];
-    int              count = 1; // of operands
-    int64_t          first_row, end_row;
+    int              count = 1; // of operands; one of another form than direct is alone
+    int64_t          first_row, end_row; // of another form than direct the ends of pairs of lines
     Activations      y;       // bf16 only where all comes in one block, of which nothing is read again
     int64_t          y_row;   // elements from one row to the next
     int64_t          y_column; // the block's first
@@ -67,6 +77,7 @@ enum class Element { f32, f16, bf16 };
 
 // Columns of a panel from as many rows of a weight: [channels * taps] each, of which `length` channels are taken.
 struct Pack {
+    Form         form;
     const void * from;    // at the first channel
     Element      element;
     int64_t      row;     // elements from one row to the next
@@ -74,7 +85,7 @@ struct Pack {
     int          taps, length;
     void *       to;      // the panel
     int          column;  // where in it
-    float *      scratch; // taps * lanes floats for each of `length` channels, filled up to whole channel_steps
+    float *      scratch; // taps * lanes floats of each of `length` channels, filled up to whole channel_steps
 };
 
 // softmax(q k^T scale + mask) v of one head of one picture.
@@ -97,9 +108,10 @@ struct KernelSet {
     int          depth;        // channels times taps that are unpacked and multiplied at a time
     int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
+    bool         winograd;     // whether there are forms beside the direct one
 
-    int64_t (*panel_bytes)(int taps, int length); // of one panel
-    int64_t (*row_scratch)(int taps, int length);
+    int64_t (*panel_bytes)(Form form, int taps, int length); // of one panel
+    int64_t (*row_scratch)(Form form, int taps, int length);
     void (*pack)(const Pack &);
     void (*product)(const Block &);
 

@@ -83,12 +83,23 @@ SD_INLINE Vec activated(Vec x, Activation activation) {
 #include "kernels/set_norms.inl"
 #include "kernels/set_product.inl"
 
+#ifdef SD_AMX
+// Tiles multiply so fast that transforming for fewer products would cost more than it saves.
+constexpr bool has_winograd = false;
+constexpr auto pack = pack_taps;
+constexpr auto product = product_of_rows;
+constexpr auto row_scratch = scratch_of_rows;
+#else
+constexpr bool has_winograd = true;
+#include "kernels/set_winograd.inl"
+#endif
+
 } // namespace
 
 extern const KernelSet SD_SET;
 const KernelSet        SD_SET{
-    SD_SET_NAME, lanes,        panel,     depth,   channel_step, products_in_bf16, panel_bytes, row_scratch, pack,
-    product,     head_scratch, attention, moments, affine,       normalise,        activate,    add,
+    SD_SET_NAME, lanes,       panel,   depth,        channel_step, products_in_bf16, has_winograd, panel_bytes, row_scratch,
+    pack,        product,     head_scratch, attention, moments,      affine,           normalise,    activate,    add,
 };
 
 } // namespace sd

@@ -45,8 +45,9 @@ void pack_keys(const Head & h, const HeadScratch & s) {
     for (int64_t first = 0; first < h.keys; first += panel) {
         for (int v = 0; v < vectors; ++v) {
             const int64_t key = first + v * lanes, left = h.keys - key;
-            pack({h.k + key * h.k_row, Element::f32, h.k_row, static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes), 1,
-                  h.size, reinterpret_cast<char *>(s.keys) + first / panel * panel_bytes(1, h.size), v * lanes, s.packing});
+            char * const  to = reinterpret_cast<char *>(s.keys) + first / panel * panel_bytes(Form::direct, 1, h.size);
+            const int     there = static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes);
+            pack_taps({Form::direct, h.k + key * h.k_row, Element::f32, h.k_row, there, 1, h.size, to, v * lanes, s.packing});
         }
     }
     const auto value = [&](int64_t key, int at) {

@@ -136,6 +136,6 @@ template <int R> struct RowTile {
     }
 };
 
-int64_t row_scratch(int taps, int length) {
+int64_t scratch_of_rows(Form, int taps, int length) {
     return products_in_bf16 ? int64_t{sizeof(Number)} * tile_rows * taps * numbers_of(length) : 0;
 }

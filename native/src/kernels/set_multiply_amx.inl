@@ -65,7 +65,7 @@ void multiply_evenly(const Number * rows, int64_t row, int numbers, const Number
 // A line of the cache more than the numbers: of rows a power of two apart only a few would find a place in it.
 SD_INLINE int64_t row_numbers(int taps, int length) { return int64_t{taps} * numbers_of(length) + 16; }
 
-int64_t row_scratch(int taps, int length) { return int64_t{sizeof(Number)} * tile_rows * row_numbers(taps, length); }
+int64_t scratch_of_rows(Form, int taps, int length) { return int64_t{sizeof(Number)} * tile_rows * row_numbers(taps, length); }
 
 // The left operands of up to R rows, with all taps one behind the other; where there are fewer, zeros fill up the tile.
 template <int R> struct RowTile {

@@ -1,7 +1,9 @@
 // Weights as products want them; part of set.inl. A panel holds, for one number of channels after the other, those of
 // `panel` columns side by side.
 
-int64_t panel_bytes(int taps, int length) { return int64_t{sizeof(Number)} * panel * taps * numbers_of(length); }
+int64_t panel_bytes(Form form, int taps, int length) {
+    return int64_t{sizeof(Number)} * panel * products_of(form, taps) * numbers_of(length);
+}
 
 template <Element element> SD_INLINE Vec load_element(const void * from, int64_t at, int n) {
     if constexpr (element == Element::f32) {
@@ -47,7 +49,7 @@ void transpose_any(const Pack & p, float * to, int64_t stride, int padded) {
 }
 
 #ifdef SD_BF16
-void pack(const Pack & p) {
+void pack_taps(const Pack & p) {
     const int padded = numbers_of(p.length) * channels_of_number;
     for (int tap = 0; tap < p.taps; ++tap) {
         for (int channel = p.length; channel < padded; ++channel) {
@@ -62,5 +64,5 @@ void pack(const Pack & p) {
     }
 }
 #else
-void pack(const Pack & p) { transpose_any(p, static_cast<float *>(p.to) + p.column, panel, p.length); }
+void pack_taps(const Pack & p) { transpose_any(p, static_cast<float *>(p.to) + p.column, panel, p.length); }
 #endif

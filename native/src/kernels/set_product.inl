@@ -36,20 +36,39 @@ SD_INLINE void expect_tile(const Block & b, int64_t row, int count, int column) 
     }
 }
 
+// The first n of a vector of sums.
+SD_INLINE void write_sum(const Block & b, Vec sum, int64_t row, int column, int n) {
+    const int64_t at = row * b.y_row + b.y_column + column;
+    if (!b.first) {
+        sum += load_upto(static_cast<const float *>(b.y.data) + at, n);
+    }
+    if (b.last) {
+        sum = finished(*b.epilogue, sum, row, column, n);
+    }
+    put(b.y, at, sum, n);
+}
+
 // Some vectors of one panel, all columns of which there are, or not.
 template <bool whole> SD_INLINE void write_tile(const Block & b, const float * total, int64_t row, int count, int column, int some) {
     for (int r = 0; r < count; ++r) {
-        const int64_t at = (row + r) * b.y_row + b.y_column + column;
         for (int v = 0; v < some; ++v) {
             const int n = whole ? lanes : b.columns - column - v * lanes;
-            Vec       sum = load(total + r * panel + v * lanes);
-            if (!b.first) {
-                sum += load_upto(static_cast<const float *>(b.y.data) + at + v * lanes, n);
-            }
-            if (b.last) {
-                sum = finished(*b.epilogue, sum, row + r, column + v * lanes, n);
-            }
-            put(b.y, at + v * lanes, sum, n);
+            write_sum(b, load(total + r * panel + v * lanes), row + r, column + v * lanes, n);
+        }
+    }
+}
+
+// Calls use(its vectors that there are, its number, its first column) for every panel, the vectors as a constant.
+template <typename Use> SD_INLINE void each_panel(const Block & b, const Use & use) {
+    for (int column = 0, number = 0; column < b.columns; column += panel, ++number) {
+        const int left = (b.columns - column + lanes - 1) / lanes;
+        if (left >= vectors) {
+            use(std::integral_constant<int, vectors>{}, number, column);
+        } else if (left == 1) {
+            use(std::integral_constant<int, 1>{}, number, column);
+        } else if constexpr (vectors == 4) { // 2 or 3
+            left == 2 ? use(std::integral_constant<int, 2>{}, number, column)
+                      : use(std::integral_constant<int, 3>{}, number, column);
         }
     }
 }
@@ -91,23 +110,18 @@ template <int R> void gated_tile(const Block & b, int64_t row, int count, const 
 // `count` rows, at most R, against all panels.
 template <int R> void row_tile(const Block & b, int64_t row, int count) {
     const RowTile<R> rows(b, row, count);
-    const bool    gated = b.epilogue->activation == Activation::geglu;
-    for (int column = 0, number = 0; column < b.columns; column += panel, ++number) {
-        const int left = (b.columns - column + lanes - 1) / lanes;
-        if (gated) {
+    if (b.epilogue->activation == Activation::geglu) {
+        for (int column = 0, number = 0; column < b.columns; column += panel, ++number) {
             gated_tile<R>(b, row, count, rows, number, column);
-        } else if (left >= vectors) {
-            product_tile<R, vectors>(b, row, count, rows, number, column);
-        } else if (left == 1) {
-            product_tile<R, 1>(b, row, count, rows, number, column);
-        } else if constexpr (vectors == 4) { // 2 or 3
-            left == 2 ? product_tile<R, 2>(b, row, count, rows, number, column)
-                      : product_tile<R, 3>(b, row, count, rows, number, column);
         }
+        return;
     }
+    each_panel(b, [&](auto vectors_there, int number, int column) __attribute__((always_inline)) {
+        product_tile<R, decltype(vectors_there)::value>(b, row, count, rows, number, column);
+    });
 }
 
-void product(const Block & b) {
+void product_of_rows(const Block & b) {
     const Multiplier multiplier;
     int64_t          row = b.first_row;
     for (; row + tile_rows <= b.end_row; row += tile_rows) {

@@ -14,6 +14,11 @@ SD_INLINE bool is_plain(const Rows & r) {
     return r.taps_w * r.taps_h == 1 && r.stride == 1 && r.pad == 0 && r.seen_width == r.width && r.seen_height == r.height;
 }
 
+// Where in x, of `there` pixels, the pixel `at` of `seen` lies along an axis; -1 outside.
+SD_INLINE int source_at(int at, int seen, int there) {
+    return at < 0 || at >= seen ? -1 : seen == there ? at : static_cast<int>(static_cast<int64_t>(at) * there / seen);
+}
+
 // Calls use(i, tap, where its channels begin) for `count` consecutive rows, one per output pixel; null where a tap lies
 // outside of the picture.
 template <typename Use> SD_INLINE void each_tap(const Rows & r, int64_t row, int count, int c0, const Use & use) {
@@ -25,19 +30,12 @@ template <typename Use> SD_INLINE void each_tap(const Rows & r, int64_t row, int
     for (int i = 0; i < count; ++i) {
         const int left = out_x * r.stride - r.pad, top = out_y * r.stride - r.pad;
         for (int dy = 0, tap = 0; dy < r.taps_h; ++dy) {
-            int        down = top + dy;
-            const bool inside = down >= 0 && down < r.seen_height;
-            if (r.seen_height != r.height) {
-                down = static_cast<int>(static_cast<int64_t>(down) * r.height / r.seen_height);
-            }
+            const int down = source_at(top + dy, r.seen_height, r.height);
             for (int dx = 0; dx < r.taps_w; ++dx, ++tap) {
-                int across = left + dx;
-                if (!inside || across < 0 || across >= r.seen_width) {
+                const int across = source_at(left + dx, r.seen_width, r.width);
+                if (down < 0 || across < 0) {
                     use(i, tap, static_cast<const void *>(nullptr));
                     continue;
-                }
-                if (r.seen_width != r.width) {
-                    across = static_cast<int>(static_cast<int64_t>(across) * r.width / r.seen_width);
                 }
                 const int64_t pixel = image * r.image + (static_cast<int64_t>(down) * r.width + across) * r.pixel;
                 use(i, tap, static_cast<const void *>(x + pixel * size));

@@ -184,22 +184,26 @@ SD_INLINE Vec load_f16(const uint16_t * from) {
 }
 
 SD_INLINE Vec load_bf16(const uint16_t * from) {
+#if defined(__AVX512F__)
+    return (Vec) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))), 16);
+#else
     typedef uint16_t Half __attribute__((vector_size(2 * lanes)));
     Half             half;
     std::memcpy(&half, from, sizeof half);
     return (Vec) (__builtin_convertvector(half, UVec) << 16);
+#endif
 }
 
 #ifdef SD_BF16
-// Rounded to the nearest, ties to even; the upper half of each float is the result. NaN stays one.
-SD_INLINE UVec round_bf16(Vec v) {
-    const UVec raw = (UVec) v;
-    const UVec rounded = raw + 0x7fffu + ((raw >> 16) & 1u);
-    return v == v ? rounded : raw | 0x10000u;
-}
-
+// Rounded to the nearest, ties to even: lane by lane, of both.
 SD_INLINE void store_pair(uint32_t * to, Vec low, Vec high) {
-    const UVec both = (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u);
+    typedef uint16_t Halves __attribute__((vector_size(4 * lanes)));
+    Halves           order;
+    for (int i = 0; i < lanes; ++i) {
+        order[2 * i] = static_cast<uint16_t>(i);
+        order[2 * i + 1] = static_cast<uint16_t>(lanes + i);
+    }
+    const __m512i both = _mm512_permutexvar_epi16((__m512i) order, (__m512i) _mm512_cvtne2ps_pbh((__m512) high, (__m512) low));
     std::memcpy(to, &both, sizeof both);
 }
 
