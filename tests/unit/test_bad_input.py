@@ -372,7 +372,7 @@ def refused(call: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("value", ODD, ids=ODD_IDS)
-def test_any_argument_of_a_context(sd_ctx: SDContext, tiny_sd1: Path, value: object) -> None:
+def test_any_argument_of_a_context(sd_ctx: SDContext, tiny_sd1: Path, update: Path, value: object) -> None:
     run = {"prompt": "a", "steps": 1, "width": 32, "height": 32}
     for name in arguments(SDContext.generate):
         refused(lambda name=name: sd_ctx.generate(**{**run, name: value}))
@@ -383,7 +383,7 @@ def test_any_argument_of_a_context(sd_ctx: SDContext, tiny_sd1: Path, value: obj
     for call in (SDContext, sd_ctx.count_tokens, sd_ctx.inspect_lora, sd_ctx.apply_loras, add_rpc_devices):
         refused(lambda call=call: call(value))
     for key in ("te", "te2", "unet", "start", "lbw"):
-        refused(lambda key=key: sd_ctx.apply_loras({"x": {key: value}}))
+        refused(lambda key=key: sd_ctx.apply_loras({update: {key: value}}))
     refused(lambda: sd_ctx.generate(**{**run, "prompt": None}, prompts=["a", "b"], batch_size=value))
     refused(lambda: sd_ctx.generate(**run, on_step=lambda step, steps, preview: preview(value)))
 
