@@ -17,6 +17,7 @@ except ImportError as error:
 
 from . import _native
 from .context import SDContext
+from .engine import add_rpc_devices, devices, rngs, samplers, schedulers
 from .errors import (
     BadArgument,
     BadFile,
@@ -32,12 +33,6 @@ from .files import shipped_model
 from .image import PaintedImage, Parameters
 
 __version__ = _native.version()
-
-samplers = _native.samplers
-schedulers = _native.schedulers
-rngs = _native.rngs
-devices = _native.devices
-add_rpc_devices = _native.add_rpc_devices
 
 __all__ = [
     "BadArgument",

@@ -1,15 +1,14 @@
 """Importance matrices from calibration runs: what matrices are multiplied with while pictures are painted."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from . import check
 from .context import SDContext
-from .errors import BadArgument, Cancelled
+from .errors import BadArgument
 from .files import AnyPath, check_target
+from .progress import OnProgress, tell
+from .request import SEEDS
 from .weights.imatrix import write_imatrix
-
-OnProgress = Callable[[int, int, str], Any]
 
 
 def calibrate(
@@ -49,18 +48,16 @@ def calibrate(
     if path.suffix.lower() != ".gguf":
         raise BadArgument(f"{path}: importance matrices are written as .gguf, not as {path.suffix or 'a folder'!r}")
     check_target(path)
+    check.callback("on_progress", on_progress)
+    seed = check.whole("seed", seed, 0, SEEDS - len(prompts))
     with SDContext(model, threads=threads) as sd_ctx:
         sd_ctx._native.collect_importance(True)
         for k, prompt in enumerate(prompts):
 
-            def on_step(step: int, of: int, _: object, k: int = k, prompt: str = prompt) -> bool:
-                answer = None if on_progress is None else on_progress(k * of + step, len(prompts) * of, prompt)
-                return answer is None or bool(answer)
+            def on_step(step: int, of: int, _: object, k: int = k, prompt: str = prompt) -> None:
+                tell(on_progress, k * of + step, len(prompts) * of, prompt, f"{target}: stopped; nothing was written")
 
-            try:
-                sd_ctx.generate(prompt, steps=steps, width=size, height=size, seed=seed + k, on_step=on_step)
-            except Cancelled as error:
-                raise Cancelled(f"{target}: stopped; nothing was written") from error
+            sd_ctx.generate(prompt, steps=steps, width=size, height=size, seed=seed + k, on_step=on_step)
         sums = sd_ctx._native.importance()
     write_imatrix(target, sums, len(prompts))
     return len(sums)

@@ -1,6 +1,7 @@
 """sdcpp lora inspect, diff, convert, merge, scale, resize, prune, extract and bake."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -67,7 +68,7 @@ def diff(
     family: Family = None,
     model: Model = None,
     as_json: AsJson = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Compare what two LoRAs do to a model, whatever their formats."""
     set_up_log(verbose=False)
@@ -228,7 +229,7 @@ def bake(
 
 def _separate(given: str) -> list[str]:
     """Several in one argument, unless its spaces are a file's own."""
-    return [given] if " " not in given or Path(tools.read_tag(given).name).exists() else given.split()
+    return [given] if " " not in given or os.path.exists(tools.read_tag(given).name) else given.split()
 
 
 def _tensor_type(rule: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from typing import Any, NoReturn
 
 import typer
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from . import check
 from .errors import BadArgument, SdcppError
 
 console = Console(stderr=True)
@@ -28,7 +30,7 @@ def read_size(option: str, text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)B?", text)
     if not found:
         raise BadArgument(f"{option} {text!r}: expected a size such as 2G or 500M")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return check.whole(option, int(Decimal(found[1]) * _UNITS[found[2]]), 0, check.MOST_BYTES)
 
 
 @contextlib.contextmanager

@@ -4,34 +4,29 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native, check, files
+from . import _native, check, files, request
 from .embeddings import Embedding, EmbeddingLibrary, Words, resolve
 from .errors import BadArgument, Io
 from .files import AnyPath
-from .image import PaintedImage, Parameters, format_parameters, open_picture, pixels
+from .image import PaintedImage, Parameters, format_parameters
 from .lora.library import LoraLibrary
 from .lora.report import LoraReport
-from .lora.state import Loras, LoraUse, lora_tags, multipliers, read_uses
+from .lora.uses import Loras, LoraUse, entries, lora_tags, multipliers, read_uses
+from .model_info import MemoryEstimate, ModelInfo, NetworkMemory
 from .prompt import Prompt, Span, parse, parse_negative
-from .sizes import kontext_size
-
-if TYPE_CHECKING:
-    from PIL import Image
+from .request import Pair, Picture, Settings
 
 log = logging.getLogger("sdcpp_py")
-
-Pair = tuple[int, int]
 
 
 class Preview(Protocol):
@@ -41,74 +36,6 @@ class Preview(Protocol):
 
 
 OnStep = Callable[[int, int, Preview], Any]
-
-SEEDS: Final = 1 << 64
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a context holds.
-
-    Attributes:
-        family: Such as "sd1".
-        prediction: What the denoiser predicts: "eps", "v", or "flow" as SD3 and FLUX.
-        backend: The device that it runs on.
-        threads: Of the CPU.
-        kernels: Of the CPU: "amx", "avx512", "avx2", "plain", or "reference" for ggml's own operations.
-        precision: Of products: "f32" or "bf16".
-        size_multiple: Width and height of a picture are multiples of it, in pixels.
-        native_size: The side of the pictures that the model was trained on, in pixels.
-        latent_channels: Of the latent.
-        latent_cell: Side of a latent's cell in pixels.
-        input_channels: Of the denoiser: latent_channels, and what it sees beside the latent.
-        weight_bytes: Of all weights, in the form in which they are used.
-        n_weights: How many tensors.
-        zero_snr: Whether the highest noise level is noise alone.
-        redux_size: Side of the picture that FLUX.1 Redux looks at, in pixels; 0: it was not opened.
-    """
-
-    family: str
-    prediction: str
-    backend: str
-    threads: int
-    kernels: str
-    precision: str
-    size_multiple: int
-    native_size: int
-    latent_channels: int
-    latent_cell: int
-    input_channels: int
-    weight_bytes: int
-    n_weights: int
-    zero_snr: bool
-    redux_size: int
-
-
-@dataclass(frozen=True)
-class NetworkMemory:
-    """What a network takes of the device's memory, in bytes."""
-
-    name: str
-    weights: int
-    activations: int
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a picture takes of the device's memory.
-
-    Attributes:
-        width: Of the picture.
-        height: Likewise.
-        peak: Bytes of weights and activations at a time, at the most. What the process itself takes comes on top:
-            Python and its packages, some 100 MB.
-        networks: In the order in which they run.
-    """
-
-    width: int
-    height: int
-    peak: int
-    networks: list[NetworkMemory]
 
 
 class SDContext:
@@ -198,10 +125,8 @@ class SDContext:
         self._prediction, self._zero_snr = prediction, zero_snr
         if lora_dir is None and model is None:
             lora_dir = self._path.parent  # the model that ships has LoRAs beside it
-        self._library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
-        self._embeddings = EmbeddingLibrary(
-            None if embedding_dir is None else check.path("embedding_dir", embedding_dir)
-        )
+        self._library = LoraLibrary(lora_dir)
+        self._embeddings = EmbeddingLibrary(embedding_dir)
         self._learned: list[Embedding] = []
         self._as_opened = {
             role: files.state_of(path) for role, path in {"model": self._path, **self._components}.items()
@@ -210,17 +135,17 @@ class SDContext:
             os.fsencode(self._path),
             components={role: os.fsencode(path) for role, path in self._components.items()},
             data_dir=os.fsencode(files.data_dir()),
-            backend=None if backend is None else check.text("backend", backend),
+            backend=check.optional(check.text, "backend", backend),
             threads=0 if threads is None else check.whole("threads", threads, 1),
             precision=check.text("precision", precision),
-            prediction=None if prediction is None else check.text("prediction", prediction),
+            prediction=check.optional(check.text, "prediction", prediction),
             lora_mode=check.text("lora_mode", lora_mode),
             base_copy=check.text("base_copy", base_copy),
             requantise=check.flag("requantise", requantise),
             strict_loras=check.flag("strict_loras", strict_loras),
-            lora_cache=check.whole("lora_cache", lora_cache, 0),
-            zero_snr=None if zero_snr is None else check.flag("zero_snr", zero_snr),
-            memory_limit=check.whole("memory_limit", memory_limit, 0),
+            lora_cache=check.whole("lora_cache", lora_cache, 0, check.MOST_BYTES),
+            zero_snr=check.optional(check.flag, "zero_snr", zero_snr),
+            memory_limit=check.whole("memory_limit", memory_limit, 0, check.MOST_BYTES),
         )
 
     @property
@@ -248,7 +173,7 @@ class SDContext:
         vae_tile = 0 if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
         batch_size = check.whole("batch_size", batch_size, 1)
         with self._lock:
-            width, height = _size(width, height, None, self._native.info())
+            width, height = request.size_of(width, height, None, self._native.info())
             usual = self._native.defaults()["cfg_scale"]
             cfg_scale = usual if cfg_scale is None else check.number("cfg_scale", cfg_scale)
             peak, networks = self._native.estimate_memory(
@@ -381,18 +306,18 @@ class SDContext:
         clip_skip: int | None = None,
         rng: str = "cpu",
         eta: float | None = None,
-        init_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        init_image: Picture | None = None,
         strength: float | None = None,
-        mask: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
-        control_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        mask: Picture | None = None,
+        control_image: Picture | None = None,
         original_size: Pair | None = None,
         crop_top_left: Pair | None = None,
         target_size: Pair | None = None,
         negative_original_size: Pair | None = None,
         negative_crop_top_left: Pair | None = None,
         negative_target_size: Pair | None = None,
-        reference_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
-        redux_image: "AnyPath | Image.Image | NDArray[np.uint8] | None" = None,
+        reference_image: Picture | None = None,
+        redux_image: Picture | None = None,
         redux_strength: float | None = None,
         vae_tile: int | None = None,
         on_step: OnStep | None = None,
@@ -458,72 +383,53 @@ class SDContext:
             Busy: ``on_step`` paints with the same context.
             OutOfMemory: Too big a picture.
         """
-        texts = _prompt_texts(prompt, prompts, batch_size)
+        texts = request.prompts_of(prompt, prompts, batch_size)
         negative_prompt = check.text("negative_prompt", negative_prompt)
         wanted, unwanted = [parse(text) for text in texts], parse_negative(negative_prompt)
         for warning in {warning: None for one in (*wanted, unwanted) for warning in one.warnings}:
             log.warning("%s", warning)
-        if init_image is None and mask is not None:
-            raise BadArgument("mask: says where to repaint init_image, which is missing")
-        start = None if init_image is None else open_picture(init_image, "init_image")
-        where = None if mask is None else open_picture(mask, "mask")
-        check.one_of("sampler", sampler, _native.samplers())
-        check.one_of("scheduler", scheduler, _native.schedulers())
-        check.one_of("rng", rng, _native.rngs())
-        batch_size = check.whole("batch_size", batch_size, 1) if prompts is None else len(texts)
-        seed = _seed(seed, batch_size)
-        control = None if control_image is None else open_picture(control_image, "control_image")
-        reference = None if reference_image is None else open_picture(reference_image, "reference_image")
-        varied = None if redux_image is None else open_picture(redux_image, "redux_image")
-        redux_strength = None if redux_strength is None else check.number("redux_strength", redux_strength)
-        if redux_strength is not None and varied is None:
+        pictures = request.open_pictures(
+            {
+                "init_image": init_image,
+                "mask": mask,
+                "control_image": control_image,
+                "reference_image": reference_image,
+                "redux_image": redux_image,
+            }
+        )
+        settings = Settings(
+            steps=steps,
+            cfg_scale=cfg_scale,
+            guidance_rescale=guidance_rescale,
+            guidance=guidance,
+            shift=shift,
+            sampler=sampler,
+            scheduler=scheduler,
+            rng=rng,
+            eta=eta,
+            strength=strength,
+            clip_skip=clip_skip,
+            redux_strength=redux_strength,
+            vae_tile=vae_tile,
+        ).checked()
+        if redux_strength is not None and redux_image is None:
             raise BadArgument("redux_strength: says how much redux_image counts, which is missing")
-        steps = None if steps is None else check.whole("steps", steps, 1)
-        cfg_scale = None if cfg_scale is None else check.number("cfg_scale", cfg_scale)
-        guidance_rescale = None if guidance_rescale is None else check.number("guidance_rescale", guidance_rescale, 0)
-        guidance = None if guidance is None else check.number("guidance", guidance, 0)
-        shift = None if shift is None else check.number("shift", shift, 0)
-        eta = None if eta is None else check.number("eta", eta, 0)
-        strength = None if strength is None else check.number("strength", strength)
-        clip_skip = None if clip_skip is None else check.whole("clip_skip", clip_skip, 1)
-        vae_tile = None if vae_tile is None else check.whole("vae_tile", vae_tile, 1)
-        if on_step is not None and not callable(on_step):
-            raise BadArgument(f"on_step: must be a function, not {type(on_step).__name__}")
-        told: dict[str, Any] = {
-            "original_size": check.pair("original_size", original_size, 1),
-            "crop_top_left": check.pair("crop_top_left", crop_top_left, 0),
-            "target_size": check.pair("target_size", target_size, 1),
-            "negative_original_size": check.pair("negative_original_size", negative_original_size, 1),
-            "negative_crop_top_left": check.pair("negative_crop_top_left", negative_crop_top_left, 0),
-            "negative_target_size": check.pair("negative_target_size", negative_target_size, 1),
-        }
+        batch_size = check.whole("batch_size", batch_size, 1) if prompts is None else len(texts)
+        seed = request.seed_of(seed, batch_size)
+        sizes = request.told_sizes(original_size, crop_top_left, target_size)
+        negative_sizes = request.told_sizes(
+            negative_original_size, negative_crop_top_left, negative_target_size, "negative_"
+        )
+        check.callback("on_step", on_step)
+        loras = entries(loras)
 
         with self._lock:
-            info, defaults = self._native.info(), self._native.defaults()
-            like = start.size if start else kontext_size(reference.size) if reference else None
-            width, height = _size(width, height, like, info)
-            steps = steps or defaults["steps"]
-            cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
-            if guidance is None and defaults["guidance"] >= 0:
-                guidance = defaults["guidance"]
-            strength = defaults["strength"] if strength is None else strength
-            sampler = sampler or defaults["sampler"]
-            scheduler = scheduler or defaults["scheduler"]
-            clip_skip = clip_skip or defaults["clip_skip"]  # 0: the family's own
-            init_pixels = None if start is None else pixels(start, "RGB", (width, height))
-            mask_pixels = None if where is None else pixels(where, "L", (width, height))
-            control_pixels = None if control is None else pixels(control, "RGB", (width, height))
-            reference_pixels = None
-            if reference is not None:
-                reference_size = kontext_size(reference.size, width * height, info["size_multiple"])
-                reference_pixels = pixels(reference, "RGB", reference_size)
-            redux_pixels = None
-            if varied is not None:
-                side = info["redux_size"] or 1
-                redux_pixels = pixels(varied, "RGB", (side, side), bicubic=True)
-                redux_strength = 1.0 if redux_strength is None else redux_strength
+            info = self._native.info()
+            width, height = request.size_of(width, height, request.size_to_follow(pictures), info)
+            settings = settings.completed(self._native.defaults(), "redux_image" in pictures)
+            seen = request.native_pictures(pictures, width, height, info)
             uses = [
-                read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=steps)
+                read_uses(self._library, tags=one.loras, loras=loras, family=info["family"], steps=settings.steps)
                 for one in wanted
             ]
             spans, words = self._named([*wanted, unwanted], uses)
@@ -537,58 +443,38 @@ class SDContext:
                 negative_prompts=spans[-1:],
                 width=width,
                 height=height,
-                steps=steps,
-                cfg_scale=cfg_scale,
-                guidance=-1.0 if guidance is None else guidance,
-                shift=shift or 0.0,
                 seed=seed,
                 batch_size=batch_size,
-                sampler=sampler,
-                scheduler=scheduler,
-                rng=rng,
-                eta=-1.0 if eta is None else eta,
-                clip_skip=clip_skip,
-                init_image=init_pixels,
-                strength=strength,
-                mask=mask_pixels,
-                control_image=control_pixels,
-                reference_image=reference_pixels,
-                redux_image=redux_pixels,
-                redux_strength=1.0 if redux_strength is None else redux_strength,
-                vae_tile=vae_tile or 0,
-                on_step=on_step,
-                guidance_rescale=guidance_rescale or 0.0,
-                sizes=_told_sizes(told, ""),
-                negative_sizes=_told_sizes(told, "negative_"),
+                init_image=seen.get("init_image"),
+                mask=seen.get("mask"),
+                control_image=seen.get("control_image"),
+                reference_image=seen.get("reference_image"),
+                redux_image=seen.get("redux_image"),
+                on_step=None if on_step is None else _with_checked_preview(on_step),
+                sizes=request.native_sizes(sizes),
+                negative_sizes=request.native_sizes(negative_sizes),
+                **settings.native(),
             )
+        told = replace(
+            settings,
+            guidance_rescale=settings.guidance_rescale or None,
+            strength=settings.strength if "init_image" in seen else None,
+        )
+        fields: dict[str, Any] = {**asdict(told), **sizes, **negative_sizes, **self._origin()}
         parameters = Parameters(
             negative_prompt=negative_prompt,
-            steps=steps,
-            sampler=sampler,
-            scheduler=scheduler,
-            cfg_scale=cfg_scale,
-            guidance_rescale=guidance_rescale or None,
-            guidance=guidance,
-            shift=shift,
             width=width,
             height=height,
-            strength=None if start is None else strength,
-            clip_skip=clip_skip or None,
-            eta=eta,
-            rng=rng,
-            vae_tile=vae_tile,
-            init_image_hash=_hash(init_pixels),
-            mask_hash=_hash(mask_pixels),
-            control_hash=_hash(control_pixels),
-            reference_hash=_hash(reference_pixels),
-            redux_image_hash=_hash(redux_pixels),
-            redux_strength=redux_strength,
+            init_image_hash=_hash(seen.get("init_image")),
+            mask_hash=_hash(seen.get("mask")),
+            control_hash=_hash(seen.get("control_image")),
+            reference_hash=_hash(seen.get("reference_image")),
+            redux_image_hash=_hash(seen.get("redux_image")),
             backend=info["backend"],
             precision=info["precision"],
-            **told,
-            **self._origin(),
+            **fields,
         )
-        pictures = []
+        images = []
         for k, rgb in enumerate(painted):
             one = k if len(texts) > 1 else 0
             of_picture = replace(
@@ -597,8 +483,8 @@ class SDContext:
                 prompt=" ".join([texts[one], *added_tags]),
                 lora_hashes=hashes[one],
             )
-            pictures.append(PaintedImage.from_pixels(rgb, format_parameters(of_picture)))
-        return pictures if batch_size > 1 or prompts is not None else pictures[0]
+            images.append(PaintedImage.from_pixels(rgb, format_parameters(of_picture)))
+        return images if batch_size > 1 or prompts is not None else images[0]
 
     def _named(
         self, prompts: Sequence[Prompt], uses: Sequence[Sequence[LoraUse]]
@@ -648,50 +534,14 @@ class SDContext:
         return fields
 
 
-# ---- arguments -----------------------------------------------------------------------------------------
+def _with_checked_preview(on_step: OnStep) -> OnStep:
+    def call(step: int, steps: int, preview: Preview) -> Any:
+        def checked(image: int = 0) -> NDArray[np.uint8]:
+            return preview(check.whole("preview: image", image, 0))
 
+        return on_step(step, steps, checked)
 
-def _prompt_texts(prompt: object, prompts: object, batch_size: object) -> list[str]:
-    """One prompt for all pictures, or one for each."""
-    if prompts is None:
-        return [check.text("prompt", prompt)]
-    if prompt is not None:
-        raise BadArgument("prompt: is given, and prompts as well; one of them says what to paint")
-    texts = check.texts("prompts", prompts)
-    if not texts:
-        raise BadArgument("prompts: must be a list of texts, one for each picture")
-    if batch_size not in (1, len(texts)):
-        raise BadArgument(f"batch_size: is {batch_size}, but there are {len(texts)} prompts; leave it out")
-    return texts
-
-
-def _told_sizes(told: Mapping[str, Pair | None], which: str) -> tuple[int, int, int, int, int, int]:
-    """In the order of the engine, with what stands for "left out"."""
-    original, target = told[f"{which}original_size"] or (0, 0), told[f"{which}target_size"] or (0, 0)
-    return (*original, *(told[f"{which}crop_top_left"] or (-1, -1)), *target)
-
-
-def _seed(seed: int | None, batch_size: int) -> int:
-    if seed is None or (not isinstance(seed, bool) and seed == -1):
-        return secrets.randbelow(1 << 32)
-    seed = check.whole("seed", seed, 0, SEEDS - 1)
-    if seed + batch_size > SEEDS:
-        raise BadArgument(f"seed {seed}: leaves no seeds for {batch_size} pictures; the last is 2**64 - 1")
-    return seed
-
-
-def _size(
-    width: int | None, height: int | None, start: tuple[int, int] | None, info: "_native._ModelInfo"
-) -> tuple[int, int]:
-    multiple, native = info["size_multiple"], info["native_size"]
-    usual = tuple(_nearest(side, multiple) for side in start) if start else (native, native)
-    width = usual[0] if width is None else check.whole("width", width, 1)
-    height = usual[1] if height is None else check.whole("height", height, 1)
-    return width, height
-
-
-def _nearest(side: int, multiple: int) -> int:
-    return max(1, round(side / multiple)) * multiple
+    return call
 
 
 def _hash_of_file(path: Path) -> str | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from . import check
 from .errors import BadArgument, BadFile, Io, SdcppError, from_os_error
 from .files import AnyPath
 from .prompt import Span, shown
@@ -78,7 +79,7 @@ def read_embedding(path: AnyPath) -> Embedding:
         Unsupported: It would have to run programs.
         Io: It cannot be read.
     """
-    given = Path(path)
+    given = check.path("embedding", path)
     with open_source(given) as source:
         known = {tensor.name: tensor for tensor in source.tensors if tensor.name in _KEYS}
         token = ""
@@ -123,9 +124,10 @@ class EmbeddingLibrary:
         """`folder` None: none.
 
         Raises:
+            BadArgument: `folder` is no path.
             Io: There is no such folder.
         """
-        self.folder = None if folder is None else Path(folder)
+        self.folder = check.optional(check.path, "embedding_dir", folder)
         self._read: dict[Path, tuple[tuple[int, int], Embedding, Embedding]] = {}
         self._bundled: dict[Path, tuple[tuple[int, int], list[Embedding]]] = {}
         if self.folder is not None and not os.path.isdir(self.folder):
@@ -142,7 +144,7 @@ class EmbeddingLibrary:
             BadArgument: There is none, or more than one.
             BadFile, Unsupported, Io: As ``read_embedding``.
         """
-        wanted = name.lower()
+        wanted = check.text("embedding", name).lower()
         found = [path for path in self._files() if wanted in (path.stem.lower(), path.name.lower())]
         if self.folder is None:
             raise BadArgument(f"embedding {shown(name)}: there is no folder of embeddings; give embedding_dir")

@@ -304,10 +304,14 @@ class PaintedImage(Image.Image):
 
     @classmethod
     def from_pixels(cls, rgb: NDArray[np.uint8], parameters: str) -> "PaintedImage":
-        """A picture of an array (height, width, 3)."""
+        """A picture of an array (height, width, 3).
+
+        Raises:
+            BadArgument: It is no such array.
+        """
         painted = cls()
-        painted.__setstate__(Image.fromarray(rgb).__getstate__())
-        painted.info["parameters"] = parameters
+        painted.__setstate__(_of_array(rgb, "rgb").__getstate__())
+        painted.info["parameters"] = check.text("parameters", parameters)
         return painted
 
     @property
@@ -385,7 +389,7 @@ def read_parameters(path: AnyPath) -> str:
         BadFile: It is no picture, or carries no parameters.
         Io: It cannot be read.
     """
-    text = _open_picture(Path(path)).info.get("parameters")
+    text = _open_picture(check.path("picture", path)).info.get("parameters")
     if not isinstance(text, str):
         raise BadFile(f"{path}: carries no parameters; was it saved by a program that keeps them, as PNG?")
     return text
@@ -425,6 +429,10 @@ def open_picture(source: object, argument: str) -> Image.Image:
         if 0 in source.size:
             raise BadArgument(f"{argument}: is {source.width} x {source.height}, which has no pixels")
         return source
+    return _of_array(source, argument)
+
+
+def _of_array(source: object, argument: str) -> Image.Image:
     if not isinstance(source, np.ndarray):
         raise BadArgument(f"{argument}: must be a path, a picture or an array, not {type(source).__name__}")
     if not source.size or source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2:

@@ -1,7 +1,7 @@
 """How much a converted model differs from its source: tensor by tensor, and in pictures."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from . import check
 from .context import SDContext
-from .errors import BadArgument, Cancelled
+from .errors import BadArgument
 from .files import AnyPath
+from .progress import OnProgress, tell
+from .request import SEEDS
 from .weights import Tensor, open_source
 from .weights.names import single_file_names
 from .weights.writing import PIECE
-
-OnProgress = Callable[[int, int, str], Any]
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ def compare(
         SdcppError: As ``open_source`` and ``SDContext``.
     """
     asked = check.texts("prompts", prompts)
+    seed = check.whole("seed", seed, 0, SEEDS - max(1, len(asked)))
+    steps = check.whole("steps", steps, 1)
+    check.optional(check.whole, "threads", threads, 1)
+    check.callback("on_progress", on_progress)
     with open_source(source) as opened, open_source(converted) as other:
         before, after = (
             {tensor.name: tensor for tensor in (single_file_names(one, {}) if one.path.is_dir() else one).tensors}
@@ -159,13 +163,11 @@ def compare(
 
 class _Teller:
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
-        self._done, self._total, self._tell = 0, total, on_progress
+        self._done, self._total, self._on_progress = 0, total, on_progress
 
     def add(self, n: int, what: str) -> None:
         self._done += n
-        answer = None if self._tell is None else self._tell(self._done, self._total, what)
-        if answer is not None and not answer:
-            raise Cancelled("the comparison was stopped")
+        tell(self._on_progress, self._done, self._total, what, "the comparison was stopped")
 
 
 def _tensor_error(before: Tensor, after: Tensor, tell: _Teller) -> TensorError:

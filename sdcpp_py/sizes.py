@@ -34,8 +34,9 @@ def kontext_size(size: tuple[int, int], area: float = math.inf, multiple: int = 
     ratio = size[0] / size[1]
     width, height = min(KONTEXT, key=lambda known: abs(ratio - known[0] / known[1]))
     scale = min(1.0, (area / KONTEXT_AREA) ** 0.5)
-    return _nearest(width * scale, multiple), _nearest(height * scale, multiple)
+    return nearest_multiple(width * scale, multiple), nearest_multiple(height * scale, multiple)
 
 
-def _nearest(side: float, multiple: int) -> int:
+def nearest_multiple(side: float, multiple: int) -> int:
+    """Of the multiples from 1 on."""
     return max(1, round(side / multiple)) * multiple

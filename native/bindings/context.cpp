@@ -27,7 +27,8 @@ py::dict info(const Context & context) {
     const std::shared_ptr<sd_ctx> ctx = context.handle();
     const sd_model_info info = sd_get_model_info(ctx.get());
     return py::dict("family"_a = text(info.family), "prediction"_a = text(info.prediction),
-                    "backend"_a = text(info.backend), "threads"_a = info.threads, "kernels"_a = text(info.kernels), "precision"_a = text(info.precision),
+                    "backend"_a = text(info.backend), "threads"_a = info.threads, "kernels"_a = text(info.kernels),
+                    "precision"_a = text(info.precision),
                     "size_multiple"_a = info.size_multiple, "native_size"_a = info.native_size,
                     "latent_channels"_a = info.latent_channels, "latent_cell"_a = info.latent_cell,
                     "input_channels"_a = info.input_channels, "weight_bytes"_a = info.weight_bytes,
@@ -40,7 +41,7 @@ py::dict defaults(const Context & context) {
     const sd_request request = sd_default_request(ctx.get());
     return py::dict("width"_a = request.width, "height"_a = request.height, "steps"_a = request.steps,
                     "cfg_scale"_a = request.cfg_scale, "guidance"_a = request.guidance,
-                        "shift"_a = request.shift, "sampler"_a = text_or_none(request.sampler),
+                    "shift"_a = request.shift, "sampler"_a = text_or_none(request.sampler),
                     "scheduler"_a = text_or_none(request.scheduler), "rng"_a = text_or_none(request.rng),
                     "eta"_a = request.eta, "clip_skip"_a = request.clip_skip, "strength"_a = request.strength,
                     "vae_tile"_a = request.vae_tile);

@@ -49,6 +49,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("devices", &devices);
     m.def(
         "add_rpc_devices",
-        [](const std::string & endpoint) { check(sd_add_rpc_devices(c_text(endpoint, "endpoint"))); },
+        [](const std::string & endpoint) {
+            const char * server = c_text(endpoint, "endpoint");
+            check(released([&] { return sd_add_rpc_devices(server); })); // it may be far away
+        },
         "endpoint"_a);
 }

@@ -315,7 +315,8 @@ SD_API sd_status sd_reset_loras(sd_ctx * ctx);
 // Strings live until the LoRAs change.
 SD_API bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora);
 
-// What became of the keys of a file, as a JSON object: of each file that acts, or NULL past the end.
+// What became of the keys of a file, as a JSON object: of each file that acts, or NULL past the end. Index 0 asks anew; the
+// strings live until then.
 SD_API const char * sd_lora_report(sd_ctx * ctx, int index);
 
 // The same of any file, without using it. The string lives until the next call.

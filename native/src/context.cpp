@@ -105,6 +105,28 @@ MemoryEstimate Context::estimate(Request r) {
     return sd::estimate(weights_, costs);
 }
 
+// The noise levels that are left where painting begins with a picture: the weaker the change, the further down.
+static std::vector<float> levels_below(std::vector<float> sigmas, float strength) {
+    const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
+    const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * strength));
+    sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
+    return sigmas;
+}
+
+// Each image's noise, of its own generator, at the first level; on `kept` of the picture to start from, where there is one.
+static std::vector<float> first_latents(const std::vector<std::unique_ptr<Rng>> & rngs, size_t one, float sigma,
+                                        const std::optional<Tensor> & init, float kept) {
+    std::vector<float> x(one * rngs.size());
+    for (size_t image = 0; image < rngs.size(); ++image) {
+        float * at = x.data() + image * one;
+        rngs[image]->normal(at, one);
+        for (size_t i = 0; i < one; ++i) {
+            at[i] = at[i] * sigma + (init ? init->data[i] * kept : 0.0f);
+        }
+    }
+    return x;
+}
+
 void Context::paint(const Request & r, uint8_t * rgb) {
     runner_.adapt(nullptr);
     const bool          guided = r.cfg_scale != 1.0f;
@@ -114,27 +136,18 @@ void Context::paint(const Request & r, uint8_t * rgb) {
     warn_unread(r, guided);
     const Conditioning  conditioning = condition(r, guided);
 
-    if (begin.init) { // a weaker change begins further down
-        const auto steps = static_cast<int64_t>(sigmas.size()) - 1;
-        const auto kept = std::min(steps, static_cast<int64_t>(static_cast<double>(steps) * r.strength));
-        sigmas.erase(sigmas.begin(), sigmas.begin() + (steps - kept));
+    if (begin.init) {
+        sigmas = levels_below(std::move(sigmas), r.strength);
     }
-
-    const Prediction prediction = pipeline_->prediction();
-    const auto       kept_at = [&](float sigma) { return prediction == Prediction::flow ? 1 - sigma : 1.0f; };
-
-    const size_t                      one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
-    const size_t                      plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
     std::vector<std::unique_ptr<Rng>> rngs;
-    std::vector<float>                x(one * r.batch_size);
     for (int image = 0; image < r.batch_size; ++image) {
         rngs.push_back(make_rng(r.rng, r.seed + image));
-        float * at = x.data() + image * one;
-        rngs.back()->normal(at, one);
-        for (size_t i = 0; i < one; ++i) {
-            at[i] = at[i] * sigmas.front() + (begin.init ? begin.init->data[i] * kept_at(sigmas.front()) : 0.0f);
-        }
     }
+    const Prediction   prediction = pipeline_->prediction();
+    const float        kept = prediction == Prediction::flow ? 1 - sigmas.front() : 1.0f;
+    const size_t       one = static_cast<size_t>(count(begin.ne)) / r.batch_size;
+    const size_t       plane = static_cast<size_t>(begin.ne[0] * begin.ne[1]);
+    std::vector<float> x = first_latents(rngs, one, sigmas.front(), begin.init, kept);
 
     const int    runs = guided ? 2 * r.batch_size : r.batch_size;
     const std::optional<Tensor> reference = encode_reference(r, runs);

@@ -10,8 +10,8 @@ from .extract import Extracted, extract
 from .library import LoraLibrary
 from .report import LoraReport
 from .rewrite import Rewritten
-from .state import LoraUse, read_uses
 from .tools import convert, merge, prune, resize, scale
+from .uses import LoraUse, read_uses
 
 __all__ = [
     "Extracted",

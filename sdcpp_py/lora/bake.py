@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from .. import check
 from ..errors import BadArgument, Unsupported
 from ..files import AnyPath, is_same
+from ..progress import OnProgress
 from ..prompt import LoraTag
 from ..weights import TYPES, Plan, Tensor, plan, write
 from ..weights.names import single_file_names, with_one_autoencoder
@@ -22,7 +23,6 @@ from .rewrite import Input, base_of, is_matrix
 from .source import Change, Floats
 from .tools import AnyLora, open_together, read_loras
 
-OnProgress = Callable[[int, int, str], Any]
 _SHOWN: Final = 3  # names in a note
 
 
@@ -62,44 +62,46 @@ def bake(
         Cancelled: `on_progress` said so.
         Io: A file cannot be read or written.
     """
-    base = Model(model)
-    library = LoraLibrary(None if lora_dir is None else check.path("lora_dir", lora_dir))
-    tags = [_located(tag, library) for tag in read_loras(loras)]
-    inputs = open_together(tags, None, base)
-    target = check.path("output", output)
-    for path in (base.path, *(one.source.path for one in inputs)):
-        if is_same(target, path):
-            raise BadArgument(f"{target}: is one of the files to read; write to another")
-    changed = {n: slices for n, slices in _by_tensor(base).items() if _is_changed(slices, inputs)}
-    if not changed:
-        raise BadArgument(f"{base.path}: has none of the weights that {inputs[0].source.path} changes")
-    for n in changed:
-        if TYPES[base.tensors[n].type].is_quantised:
-            raise Unsupported(
-                f"{base.path}: {base.tensors[n].name} is {base.tensors[n].type}; bake into the model that it was "
-                f"quantised from, and let type= quantise the result"
-            )
-    sums = _Sums(base, inputs)
-    tensors = [
-        tensor.changed(_adding(sums, tensor, changed[n])) if n in changed else tensor
-        for n, tensor in enumerate(base.tensors)
-    ]
-    source = replace(base.source, tensors=tensors)
-    if base.path.is_dir():
-        source = single_file_names(source, {})
-    names = ", ".join(f"{one.source.name}:te={one.te:g}:unet={one.unet:g}" for one in inputs)
-    planned = plan(
-        with_one_autoencoder(source.tensors, source.family),
-        target,
-        type=type,
-        tensor_types=tensor_types,
-        metadata={**_texts(base), "modelspec.merged_from": names},
-        family=source.family,
-    )
-    planned.notes.extend(_missing(base, inputs))
-    if not dry_run:
-        write(planned, threads=threads, on_progress=on_progress)
-    return planned
+    check.callback("on_progress", on_progress)
+    check.flag("dry_run", dry_run)
+    with Model(model) as base:
+        library = LoraLibrary(lora_dir)
+        tags = [_located(tag, library) for tag in read_loras(loras)]
+        inputs = open_together(tags, None, base)
+        target = check.path("output", output)
+        for path in (base.path, *(one.source.path for one in inputs)):
+            if is_same(target, path):
+                raise BadArgument(f"{target}: is one of the files to read; write to another")
+        changed = {n: slices for n, slices in _by_tensor(base).items() if _is_changed(slices, inputs)}
+        if not changed:
+            raise BadArgument(f"{base.path}: has none of the weights that {inputs[0].source.path} changes")
+        for n in changed:
+            if TYPES[base.tensors[n].type].is_quantised:
+                raise Unsupported(
+                    f"{base.path}: {base.tensors[n].name} is {base.tensors[n].type}; bake into the model that it was "
+                    f"quantised from, and let type= quantise the result"
+                )
+        sums = _Sums(base, inputs)
+        tensors = [
+            tensor.changed(_adding(sums, tensor, changed[n])) if n in changed else tensor
+            for n, tensor in enumerate(base.tensors)
+        ]
+        source = replace(base.source, tensors=tensors)
+        if base.path.is_dir():
+            source = single_file_names(source, {})
+        names = ", ".join(f"{one.source.name}:te={one.te:g}:unet={one.unet:g}" for one in inputs)
+        planned = plan(
+            with_one_autoencoder(source.tensors, source.family),
+            target,
+            type=type,
+            tensor_types=tensor_types,
+            metadata={**_texts(base), "modelspec.merged_from": names},
+            family=source.family,
+        )
+        planned.notes.extend(_missing(base, inputs))
+        if not dry_run:
+            write(planned, threads=threads, on_progress=on_progress)
+        return planned
 
 
 def _located(tag: LoraTag, library: LoraLibrary) -> LoraTag:

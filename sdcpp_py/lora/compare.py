@@ -9,12 +9,13 @@ import numpy as np
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..progress import OnProgress, tell
 from ..prompt import LoraTag
 from . import algebra
 from .algebra import Pair
-from .model import Model
+from .model import Model, model_at
 from .outline import NORM
-from .rewrite import OnStep, base_of, step
+from .rewrite import base_of
 from .source import LoraSource, described
 from .tools import open_together
 
@@ -95,7 +96,7 @@ def diff(
     *,
     family: str | None = None,
     model: AnyPath | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> LoraDiff:
     """Compares what two LoRAs do to a model.
 
@@ -112,34 +113,37 @@ def diff(
         Cancelled: `on_step` returned False.
         Io: A file cannot be read.
     """
-    base = None if model is None else Model(model)
-    first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
-    if first.family != second.family:
-        raise BadArgument(
-            f"{second.path}: made for {described(second.family)}, but {first.path} is for {described(first.family)}"
-        )
-    out = LoraDiff(str(Path(first.path)), str(Path(second.path)), first.family)
-    told = first.report.metadata, second.report.metadata
-    for key in sorted({*told[0], *told[1]}):
-        if told[0].get(key) != told[1].get(key):
-            out.metadata[key] = (told[0].get(key), told[1].get(key))
-    whole = _Squares()
-    modules = sorted({*first.modules(), *second.modules()})
-    for done, i in enumerate(modules, start=1):
-        module = first.outline.modules[i]
-        ours, theirs = _sums(first, i, base), _sums(second, i, base)
-        for leaf in sorted({*ours, *theirs}):
-            name = f"{module.component}.{module.name}" + ("" if leaf == "weight" else f".{leaf}")
-            squares = _compared(name, first, second, ours.get(leaf), theirs.get(leaf))
-            whole.add(squares)
-            if leaf not in ours or leaf not in theirs:
-                (out.only_a if leaf in ours else out.only_b).append(name)
-            else:
-                out.modules.append(ModuleDiff(name, squares.a**0.5, squares.b**0.5, squares.difference, squares.cosine))
-        step(on_step, done, len(modules), module.name, "the comparison")
-    out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
-    out.difference, out.cosine = whole.difference, whole.cosine
-    return out
+    check.callback("on_step", on_step)
+    with model_at(model) as base:
+        first, second = (one.source for one in open_together([_named(a), _named(b)], family, base))
+        if first.family != second.family:
+            raise BadArgument(
+                f"{second.path}: made for {described(second.family)}, but {first.path} is for {described(first.family)}"
+            )
+        out = LoraDiff(str(Path(first.path)), str(Path(second.path)), first.family)
+        told = first.report.metadata, second.report.metadata
+        for key in sorted({*told[0], *told[1]}):
+            if told[0].get(key) != told[1].get(key):
+                out.metadata[key] = (told[0].get(key), told[1].get(key))
+        whole = _Squares()
+        modules = sorted({*first.modules(), *second.modules()})
+        for done, i in enumerate(modules, start=1):
+            module = first.outline.modules[i]
+            ours, theirs = _sums(first, i, base), _sums(second, i, base)
+            for leaf in sorted({*ours, *theirs}):
+                name = f"{module.component}.{module.name}" + ("" if leaf == "weight" else f".{leaf}")
+                squares = _compared(name, first, second, ours.get(leaf), theirs.get(leaf))
+                whole.add(squares)
+                if leaf not in ours or leaf not in theirs:
+                    (out.only_a if leaf in ours else out.only_b).append(name)
+                else:
+                    out.modules.append(
+                        ModuleDiff(name, squares.a**0.5, squares.b**0.5, squares.difference, squares.cosine)
+                    )
+            tell(on_step, done, len(modules), module.name, "the comparison was stopped")
+        out.modules.sort(key=lambda entry: (-entry.difference, entry.name))
+        out.difference, out.cosine = whole.difference, whole.cosine
+        return out
 
 
 def _named(path: AnyPath) -> LoraTag:

@@ -1,6 +1,5 @@
 """A LoRA out of the difference between two models."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,48 +8,26 @@ import numpy as np
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..progress import OnProgress
 from ..weights.writing import PIECE
 from . import algebra, spelling
+from .by_module import Made, Written, in_parallel, write_modules
 from .model import Model
-from .outline import NORM, TABLE, Module
-from .rewrite import OnStep, in_parallel, step
+from .outline import NORM, TABLE
 from .source import Floats, described
-from .spelling import Format, Unit
+from .spelling import Format
 from .tools import threads_of
 from .writer import TYPES, safetensors_file
 
 
 @dataclass
-class Extracted:
+class Extracted(Written):
     """What was taken out of a model.
 
     Attributes:
-        path: The file.
-        family: What it is for.
-        format: The format's name.
-        modules: How many it changes, as it spells them.
-        ranks: Modules by rank.
-        residuals: What lowering the rank left out of each, |rest| / |whole| (Frobenius).
-        residual: The same of all together.
         left_out: Parameters that differ and that the format does not have: norms, biases, tables of embeddings.
     """
 
-    path: str
-    family: str
-    format: str
-    modules: int = 0
-    ranks: dict[int, int] = field(default_factory=dict)
-    residuals: dict[str, float] = field(default_factory=dict)
-    residual: float = 0.0
-    left_out: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Made:
-    tensors: dict[str, Floats] = field(default_factory=dict)
-    ranks: Counter[int] = field(default_factory=Counter)
-    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
-    stems: set[str] = field(default_factory=set)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -64,7 +41,7 @@ def extract(
     to: str | None = None,
     type: str = "f16",
     threads: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Extracted:
     """Writes the LoRA that brings `base` as near to `tuned` as its rank allows.
 
@@ -88,40 +65,31 @@ def extract(
     algebra.check_rank(rank, energy)
     if rank is None and energy is None:
         raise BadArgument("extract: give a rank such as 32, or an energy such as 0.95")
-    if type not in TYPES:
-        raise BadArgument(f"type {type!r} is not known; there are: {', '.join(TYPES)}")
-    ours, theirs = Model(tuned), Model(base)
-    shared = _shared(ours, theirs)
-    format = spelling.format_of(to or ("kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"), ours.family)
-    if format.name == "peft":
-        raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
-    out = Extracted(str(output), ours.family, format.name)
-    ranks: Counter[int] = Counter()
-    rest = whole = 0.0
-    told: dict[str, str] = {}
+    check.one_of("type", type, TYPES)
+    check.callback("on_step", on_step)
+    target = check.path("output", output)
+    with Model(tuned) as ours, Model(base) as theirs:
+        shared = _shared(ours, theirs)
+        usual = "kohya" if ours.family in ("sd1", "sd2", "sdxl") else "diffusers"
+        format = spelling.format_of(usual if to is None else to, ours.family)
+        if format.name == "peft":
+            raise BadArgument("extract: writes files; convert --to peft makes a folder of one")
+        out = Extracted(str(output), ours.family, format.name)
+        told: dict[str, str] = {}
 
-    def make(i: int) -> _Made:
-        return _make(ours, theirs, i, format, rank, energy)
+        def make(i: int) -> Made:
+            return _make(ours, theirs, i, format, rank, energy, type)
 
-    work = in_parallel(
-        make, shared, lambda i: 4 * ours.sizes[i].rows * max(1, ours.sizes[i].columns), threads_of(threads)
-    )
-    with safetensors_file(check.path("output", output), told) as writer:
-        for done, (i, made) in enumerate(zip(shared, work, strict=True), start=1):
-            for name, values in made.tensors.items():
-                writer.add(name, values, "f32" if values.size == 1 else type)
-            out.modules += len(made.stems)
-            out.left_out += made.left_out
-            ranks += made.ranks
-            for stem, (left, norm) in made.lost.items():
-                out.residuals[stem] = left / norm if norm else 0.0
-                rest, whole = rest + left**2, whole + norm**2
-            step(on_step, done, len(shared), ours.outline.modules[i].name, str(output))
-        if not writer.names:
-            raise BadArgument(f"{tuned}: does not differ from {base}; there is nothing to take out")
-        told |= spelling.metadata(format, ours.family, [], ranks, ["lora"])
-    out.ranks, out.residual = dict(sorted(ranks.items())), (rest / whole) ** 0.5 if whole else 0.0
-    return out
+        work = in_parallel(
+            make, shared, lambda i: 4 * ours.sizes[i].rows * max(1, ours.sizes[i].columns), threads_of(threads)
+        )
+        with safetensors_file(target, told) as writer:
+            names = [ours.outline.modules[i].name for i in shared]
+            out.left_out = write_modules(writer, work, names, out, on_step)
+            if not writer.names:
+                raise BadArgument(f"{tuned}: does not differ from {base}; there is nothing to take out")
+            told |= spelling.metadata(format, ours.family, [], out.ranks, ["lora"])
+        return out
 
 
 def _shared(tuned: Model, base: Model) -> list[int]:
@@ -146,8 +114,8 @@ def _shared(tuned: Model, base: Model) -> list[int]:
     return shared
 
 
-def _make(tuned: Model, base: Model, i: int, format: Format, rank: int | None, energy: float | None) -> _Made:
-    made = _Made()
+def _make(tuned: Model, base: Model, i: int, format: Format, rank: int | None, energy: float | None, type: str) -> Made:
+    made = Made()
     module = tuned.outline.modules[i]
     for leaf in ("weight", "bias"):
         if (i, leaf) not in tuned.slices or (i, leaf) not in base.slices:
@@ -162,11 +130,14 @@ def _make(tuned: Model, base: Model, i: int, format: Format, rank: int | None, e
         for unit in format.units(tuned.outline, module):
             delta = _difference(tuned, base, i, leaf, unit.first * unit_rows, unit.units * unit_rows)
             if delta is not None:
-                made.stems.add(unit.stem)
                 if is_vector:
-                    made.tensors |= spelling.dense_tensors(format, unit, module, leaf, delta)
-                else:
-                    _add_pair(made, format, unit, module, delta, rank, energy)
+                    made.add(unit, spelling.dense_tensors(format, unit, module, leaf, delta), type)
+                    continue
+                reduced = algebra.reduce_dense(delta, rank, energy)
+                made.add(unit, spelling.pair_tensors(format, unit, module, reduced.pair), type)
+                made.add_lost(unit, reduced)
+                made.kinds["lora"] += 1
+                made.ranks[reduced.pair.rank] += 1
     return made
 
 
@@ -190,12 +161,3 @@ def _differences(tuned: Model, base: Model, i: int, leaf: str, first: int, rows:
         if not np.isfinite(piece).all():
             raise BadArgument(f"{tuned.path}: {tuned.outline.modules[i].name}.{leaf} differs by what is no number")
         yield at, piece
-
-
-def _add_pair(
-    made: _Made, format: Format, unit: Unit, module: Module, delta: Floats, rank: int | None, energy: float | None
-) -> None:
-    reduced = algebra.reduce_dense(delta, rank, energy)
-    made.tensors |= spelling.pair_tensors(format, unit, module, reduced.pair)
-    made.ranks[reduced.pair.rank] += 1
-    made.lost[unit.stem] = (reduced.residual * reduced.norm, reduced.norm)

@@ -41,6 +41,7 @@ class LoraLibrary:
         """`folder` None: no name is known.
 
         Raises:
+            BadArgument: `folder` is no path.
             Io: There is no such folder.
         """
         self.folder: Path | None = None
@@ -49,7 +50,7 @@ class LoraLibrary:
         if folder is None:
             return
         try:
-            self.folder = Path(os.path.realpath(folder, strict=True))
+            self.folder = Path(os.path.realpath(check.path("lora_dir", folder), strict=True))
         except OSError as error:
             raise from_os_error(folder, error) from error
         if not self.folder.is_dir():
@@ -67,6 +68,7 @@ class LoraLibrary:
             BadArgument: The name leads out of the folder, means several files or none, or there is no folder.
             Unsupported: It means a pickle.
         """
+        name = check.text("LoRA", name)
         if self.folder is None:
             raise BadArgument(f"LoRA {shown(name)}: there is no folder of LoRAs; give lora_dir")
         _check_name(name)

@@ -1,17 +1,19 @@
 """A checkpoint's weights by the modules of its family, read one at a time: what LoRAs are taken from and put into."""
 
+import contextlib
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
 import numpy as np
 
 from .. import check
 from ..errors import BadFile
+from ..files import AnyPath
 from ..weights import Tensor, open_source
 from ..weights.names import swapped_runs
 from .outline import DIFFUSERS, LINEAR, Module, UNet, outline_of
@@ -85,7 +87,7 @@ class Slice:
 
 
 class Model:
-    """A checkpoint, opened.
+    """A checkpoint, opened until ``close``.
 
     Attributes:
         path: The file, or the diffusers folder.
@@ -94,7 +96,7 @@ class Model:
         tensors: Everything in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: AnyPath) -> None:
         """Finds out which weight is where; reads none.
 
         Raises:
@@ -104,6 +106,13 @@ class Model:
         """
         self.path = check.path("model", path)
         self.source = open_source(self.path)
+        try:
+            self._outline()
+        except BaseException:
+            self.close()
+            raise
+
+    def _outline(self) -> None:
         self.tensors = self.source.tensors
         names = [tensor.name for tensor in self.tensors]
         self.outline = outline_of(*_structure(self.path, names, [tensor.shape for tensor in self.tensors]))
@@ -113,6 +122,18 @@ class Model:
         if late := swapped_by_size(self.outline, self.sizes):
             self.outline = self.outline.with_swaps(late)
             self._place(names)
+
+    def close(self) -> None:
+        """Closes its files; nothing can be read any more."""
+        self.source.close()
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def family(self) -> str:
@@ -212,6 +233,16 @@ class Model:
             held = [one.shape(self.tensors[one.tensor]) for one in found]
             rows, units = sum(size.rows for size in held), sum(one.units for one in found)
             yield i, Size(rows // units * self.outline.modules[i].units, held[0].columns)
+
+
+@contextlib.contextmanager
+def model_at(path: AnyPath | None) -> Iterator[Model | None]:
+    """A model as long as it is needed; None where there is none."""
+    if path is None:
+        yield None
+        return
+    with Model(path) as model:
+        yield model
 
 
 # ---- families ------------------------------------------------------------------------------------------

@@ -1,34 +1,27 @@
 """What convert, merge, resize, scale and prune have in common: LoRA files in, module by module, one LoRA file out."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import numpy as np
 
 from .. import check
-from ..errors import BadArgument, BadFile, Cancelled, Unsupported
+from ..errors import BadArgument, BadFile, Unsupported
 from ..files import AnyPath, is_same
+from ..progress import OnProgress
 from . import algebra, spelling
 from .algebra import Pair
 from .blocks import Blocks
+from .by_module import Made, Written, in_parallel, write_modules
 from .model import Model
 from .outline import NORM, Module
 from .source import Change, Floats, LoraSource, described
 from .spelling import Format, Unit
-from .writer import TYPES, narrowest, peft_folder, safetensors_file
+from .writer import TYPES, peft_folder, safetensors_file
 
-Key = TypeVar("Key")
-Result = TypeVar("Result")
-
-# Called with (modules done, modules in all, the module's name); False stops.
-OnStep = Callable[[int, int, str], Any]
 METHODS: Final = ("sum", "ties", "dare", "dare-ties")
-_IN_FLIGHT: Final = 1 << 28  # bytes of dense changes at a time, or one
 
 
 @dataclass(frozen=True)
@@ -93,50 +86,16 @@ class Plan:
 
 
 @dataclass
-class Rewritten:
+class Rewritten(Written):
     """What a tool wrote.
 
     Attributes:
-        path: The file.
-        family: What it is for.
-        format: The format's name.
-        modules: How many it changes, as it spells them.
-        kinds: Modules by kind.
-        ranks: Modules by rank.
-        residuals: What lowering the rank left out of each module, |rest| / |whole| (Frobenius).
-        residual: The same of all modules together.
         unknown: Stems of the sources that mean nothing and are not in it.
         warnings: What the sources hold besides, and else the user should hear.
     """
 
-    path: str
-    family: str
-    format: str
-    modules: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    ranks: dict[int, int] = field(default_factory=dict)
-    residuals: dict[str, float] = field(default_factory=dict)
-    residual: float = 0.0
     unknown: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Made:
-    """The tensors of one module of ours, and what is to be told of them."""
-
-    tensors: dict[str, tuple[Floats, str]] = field(default_factory=dict)
-    stems: set[str] = field(default_factory=set)
-    kinds: Counter[str] = field(default_factory=Counter)
-    ranks: Counter[int] = field(default_factory=Counter)
-    lost: dict[str, tuple[float, float]] = field(default_factory=dict)  # |rest|, |whole|
-
-    def add(self, unit: Unit, tensors: Mapping[str, Floats], type: str | None, source: str) -> None:
-        for name, values in tensors.items():
-            is_number = values.size == 1
-            chosen = "f32" if is_number else type or narrowest(values, source)
-            self.tensors[name] = (values, chosen)
-        self.stems.add(unit.stem)
 
 
 def rewrite(
@@ -146,7 +105,7 @@ def rewrite(
     *,
     model: Model | None = None,
     skip_unknown: bool = False,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Rewritten:
     """Writes the weighted sum of LoRA files.
 
@@ -156,7 +115,7 @@ def rewrite(
         plan: How.
         model: The base, for kinds that depend on it.
         skip_unknown: Leave out what means nothing in the family instead of refusing it.
-        on_step: See OnStep.
+        on_step: Called after each module, see progress.py.
 
     Raises:
         BadArgument: The files do not go together, or an option is out of range.
@@ -166,8 +125,9 @@ def rewrite(
         Io: The file cannot be written.
     """
     check_plan(plan)
+    check.callback("on_step", on_step)
     target = check.path("output", output)
-    _check_inputs(inputs, target, skip_unknown)
+    _check_inputs(inputs, target, check.flag("skip_unknown", skip_unknown))
     sources = [one.source for one in inputs]
     outline = sources[0].outline
     names: dict[int, str] = {}
@@ -182,11 +142,8 @@ def rewrite(
     result.unknown = [stem for source in sources for stem in source.unknown]
     result.warnings = [f"{source.name}: {warning}" for source in sources for warning in source.report.warnings]
     told: dict[str, str] = {}
-    kinds: Counter[str] = Counter()
-    ranks: Counter[int] = Counter()
-    rest = whole = 0.0
 
-    def make(i: int) -> _Made:
+    def make(i: int) -> Made:
         with np.errstate(over="ignore"):  # the writer refuses what is no finite number
             return _make(inputs, i, plan, model)
 
@@ -198,34 +155,15 @@ def rewrite(
             f"take one after the other with prune --keep '{networks[-1]}.*'"
         )
     with (peft_folder if is_folder else safetensors_file)(target, told) as writer:
-        for done, (i, made) in enumerate(zip(order, work, strict=True), start=1):
-            for name, (values, type) in made.tensors.items():
-                writer.add(name, values, type)
-            result.modules += len(made.stems)
-            kinds += made.kinds
-            ranks += made.ranks
-            for stem, (left, norm) in made.lost.items():
-                result.residuals[stem] = left / norm if norm else 0.0
-                rest, whole = rest + left**2, whole + norm**2
-            step(on_step, done, len(order), names[i], str(output))
+        write_modules(writer, work, [names[i] for i in order], result, on_step)
         if not writer.names:
             raise BadArgument(f"{output}: nothing would be left to write")
-        told |= spelling.metadata(plan.format, outline.family, [s.report.metadata for s in sources], ranks, kinds)
+        told |= spelling.metadata(
+            plan.format, outline.family, [s.report.metadata for s in sources], result.ranks, result.kinds
+        )
         if len(sources) > 1:
             told["modelspec.merged_from"] = ", ".join(source.name for source in sources)
-    result.kinds, result.ranks = dict(kinds), dict(sorted(ranks.items()))
-    result.residual = (rest / whole) ** 0.5 if whole else 0.0
     return result
-
-
-def step(on_step: OnStep | None, done: int, total: int, name: str, what: str) -> None:
-    """Tells of progress.
-
-    Raises:
-        Cancelled: The answer was False.
-    """
-    if on_step is not None and on_step(done, total, name) is False:
-        raise Cancelled(f"{what}: stopped after {done:,} of {total:,} modules; nothing is written")
 
 
 def canonical(source: LoraSource, i: int) -> str:
@@ -238,12 +176,9 @@ def check_plan(plan: Plan) -> None:
     """Raises BadArgument for numbers out of range."""
     algebra.check_rank(plan.rank, plan.energy)
     check.whole("seed", plan.seed, 0, (1 << 64) - 1)
-    if plan.method not in METHODS:
-        raise BadArgument(f"method {plan.method!r} is not known; there are: {', '.join(METHODS)}")
     if not 0 < plan.density <= 1:
         raise BadArgument(f"density {plan.density}: must be a share such as 0.5")
-    if plan.type is not None and plan.type not in TYPES:
-        raise BadArgument(f"type {plan.type!r} is not known; there are: {', '.join(TYPES)}")
+    check.optional(check.one_of, "type", plan.type, TYPES)
 
 
 def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> None:
@@ -273,8 +208,8 @@ def _check_inputs(inputs: Sequence[Input], output: Path, skip_unknown: bool) -> 
 # ---- one module ------------------------------------------------------------------------------------------
 
 
-def _make(inputs: Sequence[Input], i: int, plan: Plan, model: Model | None) -> _Made:
-    made = _Made()
+def _make(inputs: Sequence[Input], i: int, plan: Plan, model: Model | None) -> Made:
+    made = Made()
     present = [one for one in inputs if i in one.source.sizes]
     source = present[0].source
     module, size = source.outline.modules[i], source.sizes[i]
@@ -326,7 +261,7 @@ def is_matrix(change: Change) -> bool:
 
 
 def _add_matrix(
-    made: _Made,
+    made: Made,
     unit: Unit,
     module: Module,
     here: list[tuple[float, int, Change]],
@@ -353,7 +288,7 @@ def _add_matrix(
             reduced = algebra.reduce_pair(pair, plan.rank, plan.energy)
         else:
             reduced = algebra.reduce_dense(pair.dense(), plan.rank, plan.energy, first)
-        made.lost[unit.stem] = (reduced.residual * reduced.norm, reduced.norm)
+        made.add_lost(unit, reduced)
         pair = reduced.pair
     elif not plan.format.peft and not is_one_lora and pair.up.size + pair.down.size > rows * pair.down.shape[1]:
         made.add(unit, spelling.dense_tensors(plan.format, unit, module, "weight", pair.dense()), plan.type, type)
@@ -423,33 +358,6 @@ def _common_type(types: Iterable[str]) -> str:
     return kinds.pop() if len(kinds) == 1 else "f32"
 
 
-# ---- several at a time -------------------------------------------------------------------------------------
-
-
 def _cost(sources: Sequence[LoraSource], i: int) -> int:
+    """Of a module, in bytes."""
     return max(4 * size.rows * max(size.columns, 1) for source in sources if (size := source.sizes.get(i)))
-
-
-def in_parallel(
-    work: Callable[[Key], Result], keys: Sequence[Key], cost: Callable[[Key], int], threads: int
-) -> Iterator[Result]:
-    """The results in order, as many at a time as there are threads and memory for."""
-    if threads <= 1:
-        yield from map(work, keys)
-        return
-    pool = ThreadPoolExecutor(threads)
-    waiting = iter(keys)
-    running: list[tuple[int, Future[Result]]] = []
-    try:
-        held: list[Key] = []
-        while True:
-            while len(running) < threads:
-                held = held or list(islice(waiting, 1))
-                if not held or (running and sum(c for c, _ in running) + cost(held[0]) > _IN_FLIGHT):
-                    break
-                running.append((cost(held[0]), pool.submit(work, held.pop())))
-            if not running:
-                return
-            yield running.pop(0)[1].result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -223,9 +223,7 @@ class LoraSource:
     def _guess(self, family: str | None) -> tuple[str, ...]:
         """The families in which most of the stems mean something, the likeliest first."""
         if family is not None:
-            if family not in FAMILIES:
-                raise BadArgument(f"family {family!r} is not known; there are: {', '.join(FAMILIES)}")
-            return (family,)
+            return (check.one_of("family", family, FAMILIES),)
         found: Counter[str] = Counter()
         for one in FAMILIES:
             stems = _native.LoraFile(self._os_path, _probe(outline_of(one, self.names))).stems()

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..errors import BadArgument, Unsupported
+from .. import check
+from ..errors import Unsupported
 from .algebra import Pair, swap_halves
 from .outline import DIFFUSERS, NORM, PLACES, TABLE, Module, Outline, Part
 from .source import Change, Floats
@@ -117,8 +118,7 @@ def format_of(name: str, family: str) -> Format:
     Raises:
         BadArgument: There is none.
     """
-    if name not in FORMATS:
-        raise BadArgument(f"format {name!r} is not known; there are: {', '.join(FORMATS)}")
+    check.one_of("format", name, tuple(FORMATS))
     if name == "ai-toolkit" and family in ("sd1", "sd2", "sdxl"):
         return _KOHYA
     return FORMATS[name]

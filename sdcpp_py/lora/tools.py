@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, TypedDict
 from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
+from ..progress import OnProgress
 from ..prompt import LoraTag, shown
 from . import spelling
 from .blocks import FAMILIES as FAMILIES_WITH_BLOCKS
 from .blocks import Blocks, read_blocks
-from .model import Model
-from .outline import outline_of
-from .rewrite import Input, OnStep, Plan, Rewritten, canonical, rewrite
+from .model import Model, model_at
+from .outline import FAMILIES, outline_of
+from .rewrite import METHODS, Input, Plan, Rewritten, canonical, rewrite
 from .source import LoraSource, described
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Options(TypedDict, total=False):
     model: AnyPath | None
     skip_unknown: bool
     threads: int | None
-    on_step: OnStep | None
+    on_step: OnProgress | None
 
 
 def convert(
@@ -51,7 +52,7 @@ def convert(
     model: AnyPath | None = None,
     skip_unknown: bool = False,
     threads: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Rewritten:
     """Writes a LoRA in another format.
 
@@ -77,10 +78,10 @@ def convert(
         Cancelled: `on_step` returned False.
         Io: A file cannot be read or written.
     """
-    base = _model(model)
-    source = open_lora(path, family, base)
-    plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
-    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    with model_at(model) as base:
+        source = open_lora(path, family, base)
+        plan = Plan(spelling.format_of(to, source.family), type=type, threads=threads_of(threads))
+        return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def merge(
@@ -98,7 +99,7 @@ def merge(
     model: AnyPath | None = None,
     skip_unknown: bool = False,
     threads: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnProgress | None = None,
 ) -> Rewritten:
     """Writes the sum of LoRAs, each times its ratio, as one file.
 
@@ -119,20 +120,20 @@ def merge(
 
     The rest and what it raises is as for ``convert``.
     """
-    base = _model(model)
-    inputs = open_together(read_loras(loras), family, base)
-    first = inputs[0].source
-    plan = Plan(
-        spelling.format_of(to or default_format(first), first.family),
-        rank=rank,
-        energy=energy,
-        method=method,
-        density=_density(method, density),
-        seed=seed,
-        type=type,
-        threads=threads_of(threads),
-    )
-    return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+    with model_at(model) as base:
+        inputs = open_together(read_loras(loras), family, base)
+        first = inputs[0].source
+        plan = Plan(
+            spelling.format_of(default_format(first) if to is None else to, first.family),
+            rank=rank,
+            energy=energy,
+            method=method,
+            density=_density(method, density),
+            seed=seed,
+            type=type,
+            threads=threads_of(threads),
+        )
+        return rewrite(inputs, output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def scale(
@@ -191,25 +192,25 @@ def prune(
     keep, drop = check.texts("keep", keep), check.texts("drop", drop)
     if not keep and not drop:
         raise BadArgument("prune: give patterns to keep or to drop, such as --drop 'clip.*'")
-    base = _model(options.get("model"))
-    source = open_lora(path, options.get("family"), base)
-    names = [canonical(source, i) for i in source.modules()]
-    for pattern in (*keep, *drop):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
+    with model_at(options.get("model")) as base:
+        source = open_lora(path, options.get("family"), base)
+        names = [canonical(source, i) for i in source.modules()]
+        for pattern in (*keep, *drop):
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise BadArgument(f"{source.path}: no module fits {shown(pattern)}; there is, for instance, {names[0]}")
 
-    def stays(name: str) -> bool:
-        wanted = not keep or any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
-        return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
+        def stays(name: str) -> bool:
+            wanted = not keep or any(fnmatch.fnmatchcase(name, pattern) for pattern in keep)
+            return wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in drop)
 
-    plan = Plan(
-        spelling.format_of(to or default_format(source), source.family),
-        type=options.get("type"),
-        threads=threads_of(options.get("threads")),
-        keep=stays,
-    )
-    skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
-    return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
+        plan = Plan(
+            spelling.format_of(default_format(source) if to is None else to, source.family),
+            type=options.get("type"),
+            threads=threads_of(options.get("threads")),
+            keep=stays,
+        )
+        skip_unknown, on_step = options.get("skip_unknown", False), options.get("on_step")
+        return rewrite([Input(source)], output, plan, model=base, skip_unknown=skip_unknown, on_step=on_step)
 
 
 def default_format(source: LoraSource) -> str:
@@ -276,9 +277,7 @@ def read_loras(loras: Iterable[AnyLora]) -> list[LoraTag]:
     Raises:
         BadArgument: One is named otherwise, there is none, or a ratio is no finite number.
     """
-    if isinstance(loras, (str, bytes, os.PathLike)) or not isinstance(loras, Iterable):
-        raise BadArgument("loras: must be a list, such as [('a.safetensors', 0.8)]")
-    tags = [_read_lora(lora) for lora in loras]
+    tags = [_read_lora(lora) for lora in check.entries("loras", loras, "[('a.safetensors', 0.8)]")]
     if not tags:
         raise BadArgument("loras: there is none; name one or more")
     return tags
@@ -331,17 +330,14 @@ def _input(tag: LoraTag, source: LoraSource) -> Input:
 
 def open_lora(path: AnyPath, family: str | None, model: Model | None) -> LoraSource:
     """A LoRA file, against a model's own modules where it is at hand."""
+    check.optional(check.one_of, "family", family, FAMILIES)
     if model is None:
         return LoraSource(path, family=family)
     return LoraSource(path, outline=model.outline, sizes=model.sizes)
 
 
-def _model(path: AnyPath | None) -> Model | None:
-    return None if path is None else Model(path)
-
-
 def _density(method: str, density: float | None) -> float:
-    if method == "sum" and density is not None:
+    if check.one_of("method", method, METHODS) == "sum" and density is not None:
         raise BadArgument("density: is for ties and dare; name a method")
     return 0.5 if density is None else check.number("density", density)
 

@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .. import check
 from ..errors import BadArgument
-from ..files import is_same
+from ..files import AnyPath, is_same
+from ..progress import OnProgress
 from . import gguf_file
 from .families import PARTS, bare_name, part_of, recognise
 from .imatrix import read_imatrix
 from .names import single_file_names, with_one_autoencoder
-from .source import AnyPath, Source, open_source
+from .source import Source, open_source
 from .tensor import Tensor
-from .writing import OnProgress, Plan, plan, write
+from .writing import Plan, plan, write
 
 
 def convert(
@@ -59,12 +61,16 @@ def convert(
         Cancelled: ``on_progress`` said so.
         Io: A file cannot be read or written.
     """
-    path = Path(target)
+    path = check.path("target", target)
+    components = check.paths_by_role("components", {} if components is None else components)
+    metadata = check.text_map("metadata", {} if metadata is None else metadata)
+    check.flag("dry_run", dry_run)
+    check.callback("on_progress", on_progress)
     with open_source(source, components) as opened:
         if opened.path.is_dir():
-            opened = single_file_names(opened, components or {})
+            opened = single_file_names(opened, components)
         family = opened.family
-        tensors = _without(with_one_autoencoder(opened.tensors, family), drop)
+        tensors = _without(with_one_autoencoder(opened.tensors, family), check.texts("drop", drop))
         if only is not None:
             tensors = _part(tensors, only, opened.path)
             family = recognise(tensors) or family
@@ -73,7 +79,7 @@ def convert(
             path,
             type=type,
             tensor_types=tensor_types,
-            metadata={**_texts(opened, path), **(metadata or {})},
+            metadata={**_texts(opened, path), **metadata},
             values=_values(opened, path),
             family=family,
             importance=None if imatrix is None else read_imatrix(imatrix),
@@ -105,8 +111,7 @@ def _without(tensors: Sequence[Tensor], drop: Sequence[str]) -> list[Tensor]:
 
 
 def _part(tensors: Sequence[Tensor], only: str, path: Path) -> list[Tensor]:
-    if only not in PARTS:
-        raise BadArgument(f"only {only!r}: there are: {', '.join(PARTS)}")
+    check.one_of("only", only, tuple(PARTS))
     found = [tensor for tensor in tensors if part_of(tensor.name) == only]
     if not found:
         there = ", ".join(sorted({part_of(tensor.name) for tensor in tensors}))

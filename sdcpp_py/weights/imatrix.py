@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadFile
+from ..files import AnyPath
 from .gguf_file import Value, text, u32
-from .source import AnyPath, open_source
+from .source import open_source
 from .tensor import Floats, from_array
 from .writing import plan, write
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from .. import _native
+from .. import _native, check
 from ..errors import BadFile, SdcppError, Unsupported
-from ..files import data_dir
+from ..files import AnyPath, data_dir
 from .families import part_of
-from .source import AnyPath, open_source
+from .source import open_source
 
 LONGEST_VALUE = 200  # characters of a metadata value that are shown
 
@@ -61,6 +61,7 @@ def describe(path: AnyPath, components: Mapping[str, AnyPath] = MappingProxyType
         Unsupported: It would have to run programs.
         Io: It cannot be read.
     """
+    apart = check.paths_by_role("components", components)
     with open_source(path) as source:
         family = source.family
         parts: dict[str, list[tuple[int, int]]] = {}
@@ -69,7 +70,7 @@ def describe(path: AnyPath, components: Mapping[str, AnyPath] = MappingProxyType
             size = (tensor.elements, tensor.bytes)
             parts.setdefault(part_of(tensor.name), []).append(size)
             types.setdefault(tensor.type, []).append(size)
-        missing = _missing(Path(path), components)
+        missing = _missing(source.path, apart)
         return FileInfo(
             family.name if family else None,
             not missing,
@@ -82,7 +83,7 @@ def describe(path: AnyPath, components: Mapping[str, AnyPath] = MappingProxyType
         )
 
 
-def _missing(path: Path, components: Mapping[str, AnyPath]) -> str:
+def _missing(path: Path, components: Mapping[str, Path]) -> str:
     """What the engine says against painting with it; the path in front of its sentence is left out."""
     try:
         apart = {role: os.fsencode(of) for role, of in components.items()}

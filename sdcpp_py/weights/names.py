@@ -12,8 +12,9 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import BadFile, Unsupported
+from ..files import AnyPath
 from .families import Family
-from .source import AnyPath, Source
+from .source import Source
 from .tensor import Floats, Tensor, from_array
 
 # The matrices of an autoencoder's attention, which single files have as convolutions of one pixel.

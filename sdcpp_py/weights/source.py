@@ -10,15 +10,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from .. import _native
+from .. import _native, check
 from ..errors import BadFile, Unsupported, from_os_error
-from ..files import data_dir
+from ..files import AnyPath, data_dir
 from .families import Family, recognise
 from .stand_in import engine_view
 from .tensor import TYPES, Tensor
 from .torch_file import is_torch_file, read_torch_file
-
-AnyPath = str | os.PathLike[str]
 
 
 class Files:
@@ -122,7 +120,8 @@ def open_source(path: AnyPath, components: Mapping[str, AnyPath] | None = None) 
         BadArgument: No such component.
         Io: A file cannot be read.
     """
-    given = Path(path)
+    given = check.path("model", path)
+    components = None if components is None else check.paths_by_role("components", components)
     handles = Files()
     if is_torch_file(given) and not components:
         read = read_torch_file(given, handles.read)

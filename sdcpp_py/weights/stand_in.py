@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import BadFile, SdcppError, from_os_error
+from ..files import AnyPath
 from . import safetensors_file
 from .rules import Planned
 from .tensor import TYPES, Tensor
 from .torch_file import Read, is_torch_file, read_torch_file
-
-AnyPath = str | os.PathLike[str]
 
 _COMPONENTS: Final = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "scheduler")
 _BEFORE: Final = ("diffusion_pytorch_model", "pytorch_model")  # as diffusers and transformers saved pickles

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
+from .. import _native, check
 from ..errors import BadArgument
 
 Floats = NDArray[np.float32]
@@ -68,7 +68,7 @@ def element_type(name: str) -> ElementType:
     Raises:
         BadArgument: There is none, or it is one of whole numbers or of activations.
     """
-    found = _BY_LOWER_CASE.get(name.lower())
+    found = _BY_LOWER_CASE.get(check.text("type", name).lower())
     if found is None or not found.can_write:
         known = ", ".join(kind.name for kind in TYPES.values() if kind.can_write)
         raise BadArgument(f"type {name!r}: weights cannot be written so; there are: {known}")

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import IO, Any, Final
 
 import numpy as np
 
-from .. import _native
-from ..errors import BadArgument, Cancelled, Io, SdcppError, from_os_error
+from .. import _native, check
+from ..errors import BadArgument, Io, SdcppError, from_os_error
 from ..files import check_target, whole_file
+from ..progress import OnProgress, tell
 from . import gguf_file, safetensors_file
 from .families import Family
 from .gguf_file import Value
@@ -26,8 +27,6 @@ from .tensor import Floats, Tensor, element_type
 
 PIECE: Final = 1 << 20  # elements that one thread converts at a time
 MARGIN: Final = 1 << 20  # bytes of a header, for the check of free space
-
-OnProgress = Callable[[int, int, str], Any]
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,10 @@ def plan(
     Raises:
         BadArgument: An unknown type or ending, a type that a tensor does not fit, or two tensors of one name.
     """
-    target = Path(path)
+    target = check.path("target", path)
     container = container_of(target)
+    split = check.optional(check.whole, "split", split, 1, check.MOST_BYTES)
+    tensor_types = check.text_pairs("tensor_types", tensor_types)
     names = Counter(tensor.name for tensor in tensors)
     if not tensors:
         raise BadArgument(f"{target}: there are no tensors to write")
@@ -171,8 +172,6 @@ def _notes(planned: Sequence[Planned]) -> list[str]:
 def _parted(planned: list[Planned], split: int | None) -> list[list[Planned]]:
     if split is None:
         return [planned]
-    if split < 1:
-        raise BadArgument(f"split {split}: expected the largest size of a file in bytes")
     files: list[list[Planned]] = [[]]
     size = 0
     for one in planned:
@@ -201,9 +200,8 @@ def write(plan: Plan, *, threads: int | None = None, on_progress: OnProgress | N
         BadFile: A source is damaged.
         Io: A file cannot be read or written.
     """
-    workers = (os.cpu_count() or 1) if threads is None else threads
-    if workers < 1:
-        raise BadArgument(f"threads {threads}: must be at least 1")
+    workers = (os.cpu_count() or 1) if threads is None else check.whole("threads", threads, 1)
+    check.callback("on_progress", on_progress)
     _check_space(plan)
     total = sum(planned.tensor.elements for planned in plan.tensors)
     done = 0
@@ -216,9 +214,7 @@ def write(plan: Plan, *, threads: int | None = None, on_progress: OnProgress | N
                 _put(stream, path, raw)
                 _put(stream, path, bytes(padding))
                 done += n
-                answer = None if on_progress is None else on_progress(done, total, one.tensor.name)
-                if answer is not None and not answer:
-                    raise Cancelled(f"{plan.path}: stopped; nothing was written")
+                tell(on_progress, done, total, one.tensor.name, f"{plan.path}: stopped; nothing was written")
         if plan.container == "safetensors" and len(plan.files) > 1:
             index = plan.path.with_suffix(".safetensors.index.json")
             _put(open_files.enter_context(_file(index)), index, safetensors_file.index(plan.paths, plan.files))

@@ -111,6 +111,8 @@ def main() -> None:
         "lora merge": ("lora", "merge", f"{a}:0.8", f"{b}:0.3", "-o", out),
         "lora merge --rank 16": ("lora", "merge", f"{a}:0.8", f"{b}:0.3", "--rank", 16, "-o", out),
         "lora merge, ties": ("lora", "merge", a, b, "--method", "ties", "--rank", 16, "-o", out),
+        "lora merge, dare": ("lora", "merge", a, b, "--method", "dare", "--rank", 16, "-o", out),
+        "lora merge, dare-ties": ("lora", "merge", a, b, "--method", "dare-ties", "--rank", 16, "-o", out),
         "lora resize --energy 0.9": ("lora", "resize", b, "--energy", 0.9, "-o", out),
     }
     largest = max(float(np.prod(shape)) for shape in all_shapes.values())

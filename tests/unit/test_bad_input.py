@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import lora_files
@@ -16,9 +19,25 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sdcpp_py import BadArgument, BadFile, Io, SDContext, SdcppError, files, lora
+from sdcpp_py import (
+    BadArgument,
+    BadFile,
+    Cancelled,
+    Io,
+    OutOfMemory,
+    SDContext,
+    SdcppError,
+    Unsupported,
+    add_rpc_devices,
+    files,
+    lora,
+    weights,
+)
 from sdcpp_py.calibrate import calibrate
+from sdcpp_py.cli_lora import _separate
+from sdcpp_py.cli_shared import read_size
 from sdcpp_py.cli_weights import _lines
+from sdcpp_py.embeddings import EmbeddingLibrary, read_embedding
 from sdcpp_py.image import PaintedImage, is_picture, open_picture, pixels, read_parameters
 from sdcpp_py.quality import compare
 from sdcpp_py.weights.tensor import Tensor
@@ -326,3 +345,117 @@ def test_a_picture_that_would_be_black(sd_ctx: SDContext) -> None:
     with pytest.raises(BadArgument, match=r"is no number after 3 steps.*cfg_scale 3e\+38"):
         sd_ctx.generate("a", steps=3, width=32, height=32, cfg_scale=3e38)
     sd_ctx.generate("a", steps=1, width=32, height=32)
+
+
+# ---- values that no argument takes -------------------------------------------------------------------------
+
+
+class Pathless(os.PathLike):
+    """What has no path to give."""
+
+    def __fspath__(self) -> int:
+        return 5
+
+
+ODD = (10**5000, float("nan"), np.array([1, 2]), np.array(0.5), Decimal("sNaN"), "a\0", "\ud800", [None], Pathless())
+ODD_IDS = ("digits", "nan", "array", "scalar", "signalling", "nul", "surrogate", "list", "pathless")
+
+
+def arguments(function: Callable[..., object], *but: str) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name not in ("self", *but)]
+
+
+def refused(call: Callable[[], object]) -> None:
+    """Whether it is done or refused, it is in our words."""
+    with contextlib.suppress(BadArgument, BadFile, Io, Unsupported, OutOfMemory):
+        call()
+
+
+@pytest.mark.parametrize("value", ODD, ids=ODD_IDS)
+def test_any_argument_of_a_context(sd_ctx: SDContext, tiny_sd1: Path, update: Path, value: object) -> None:
+    run = {"prompt": "a", "steps": 1, "width": 32, "height": 32}
+    for name in arguments(SDContext.generate):
+        refused(lambda name=name: sd_ctx.generate(**{**run, name: value}))
+    for name in arguments(SDContext.estimate_memory):
+        refused(lambda name=name: sd_ctx.estimate_memory(**{"width": 32, "height": 32, name: value}))
+    for name in arguments(SDContext.__init__, "model"):
+        refused(lambda name=name: SDContext(tiny_sd1, **{"threads": 1, name: value}).close())
+    for call in (SDContext, sd_ctx.count_tokens, sd_ctx.inspect_lora, sd_ctx.apply_loras, add_rpc_devices):
+        refused(lambda call=call: call(value))
+    for key in ("te", "te2", "unet", "start", "lbw"):
+        refused(lambda key=key: sd_ctx.apply_loras({update: {key: value}}))
+    refused(lambda: sd_ctx.generate(**{**run, "prompt": None}, prompts=["a", "b"], batch_size=value))
+    refused(lambda: sd_ctx.generate(**run, on_step=lambda step, steps, preview: preview(value)))
+
+
+@pytest.mark.parametrize("value", ODD[2::3], ids=ODD_IDS[2::3])
+def test_any_argument_of_the_tools(tiny_sd1: Path, update: Path, tmp_path: Path, value: object) -> None:
+    out, gguf = tmp_path / "y.safetensors", tmp_path / "y.gguf"
+    tools: dict[Callable[..., object], dict[str, object]] = {
+        lora.merge: {"loras": [update], "output": out, "family": "sd1"},
+        lora.scale: {"path": update, "output": out, "ratio": 1},
+        lora.prune: {"path": update, "output": out, "keep": ["*"]},
+        lora.extract: {"tuned": tiny_sd1, "base": tiny_sd1, "output": out, "rank": 1},
+        lora.bake: {"model": tiny_sd1, "loras": [update], "output": gguf, "dry_run": True},
+        lora.diff: {"a": update, "b": update},
+        weights.convert: {"source": tiny_sd1, "target": gguf, "dry_run": True},
+        weights.describe: {"path": tiny_sd1},
+        weights.element_type: {"name": "f16"},
+        compare: {"source": tiny_sd1, "converted": tiny_sd1, "prompts": ["a"]},
+        calibrate: {"model": tiny_sd1, "target": gguf, "prompts": ["a"]},
+    }
+    for tool, given in tools.items():
+        for name in arguments(tool, "options", "on_step", "on_progress"):
+            refused(lambda tool=tool, given=given, name=name: tool(**{**given, name: value}))
+    for call in (lora.LoraLibrary, EmbeddingLibrary, weights.open_source, read_embedding, read_parameters):
+        refused(lambda call=call: call(value))
+    refused(lambda: PaintedImage.from_pixels(value, ""))
+
+
+@pytest.mark.parametrize("callback", ["on_step", "on_progress"])
+def test_what_cannot_be_called(tiny_sd1: Path, update: Path, tmp_path: Path, callback: str) -> None:
+    out = tmp_path / "y.gguf"
+    calls: dict[str, list[Callable[[], object]]] = {
+        "on_step": [
+            lambda: lora.merge([update], out.with_suffix(".safetensors"), on_step=5),
+            lambda: lora.extract(tiny_sd1, tiny_sd1, out.with_suffix(".safetensors"), rank=1, on_step=5),
+            lambda: lora.diff(update, update, on_step=5),
+        ],
+        "on_progress": [
+            lambda: weights.convert(tiny_sd1, out, on_progress=5),
+            lambda: lora.bake(tiny_sd1, [update], out, on_progress=5),
+            lambda: compare(tiny_sd1, tiny_sd1, on_progress=5),
+            lambda: calibrate(tiny_sd1, out, ["a"], on_progress=5),
+        ],
+    }
+    for call in calls[callback]:
+        with pytest.raises(BadArgument, match=f"{callback}: must be a function, not int"):
+            call()
+
+
+@pytest.mark.parametrize("answer", [False, np.False_, 0])
+def test_every_false_answer_stops(update: Path, tmp_path: Path, answer: object) -> None:
+    with pytest.raises(Cancelled, match="stopped"):
+        lora.convert(update, tmp_path / "y.safetensors", to="kohya", on_step=lambda done, of, name: answer)
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_more_than_two_gigabytes(tiny_sd1: Path) -> None:
+    with SDContext(tiny_sd1, threads=1, memory_limit=8 << 30, lora_cache=4 << 30) as context:
+        assert context.estimate_memory(width=32, height=32).peak > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8G", 8 * 10**9), ("2.5M", 2_500_000), ("9007199254740993", (1 << 53) + 1)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert read_size("split", text) == size
+
+
+def test_a_size_without_end() -> None:
+    with pytest.raises(BadArgument, match="split of more than 60 digits: must be between"):
+        read_size("split", "9" * 400)
+
+
+def test_loras_in_one_argument_that_are_no_path() -> None:
+    assert _separate(f"{LONG} {LONG}") == [LONG, LONG]

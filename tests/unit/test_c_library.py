@@ -341,6 +341,17 @@ def test_null_is_refused_everywhere(sd: Sd, shared: Any) -> None:
         lambda: c.sd_preview(null, 0, null),
         lambda: c.sd_preview(shared, 0, sd.ffi.new("uint8_t[192]")),  # outside of on_step
         lambda: c.sd_add_rpc_devices(null),
+        lambda: c.sd_apply_loras(null, null, 0),
+        lambda: c.sd_apply_loras(shared, null, 1),
+        lambda: c.sd_reset_loras(null),
+        lambda: c.sd_inspect_lora(null, b"x", null),
+        lambda: c.sd_inspect_lora(shared, null, null),
+        lambda: c.sd_lora_drift(null, sd.ffi.new("double *")),
+        lambda: c.sd_lora_drift(shared, null),
+        lambda: c.sd_estimate_memory(null, request, null, null, null),
+        lambda: c.sd_collect_importance(null, True),
+        lambda: c.sd_learn_words(null, null, 0),
+        lambda: c.sd_learn_words(shared, null, 1),
     ]
     for number, call in enumerate(calls):
         assert call() == c.SD_BAD_ARGUMENT, f"call {number}"
@@ -350,6 +361,10 @@ def test_null_is_refused_everywhere(sd: Sd, shared: Any) -> None:
     assert c.sd_open(params, sd.ffi.new("sd_ctx **")) == c.SD_BAD_ARGUMENT
     assert c.sd_get_model_info(null).n_weights == 0
     assert c.sd_default_request(null).steps == 0
+    assert not c.sd_get_lora(null, 0, 0, sd.ffi.new("sd_lora *"))
+    assert not c.sd_get_lora(shared, 0, 0, null)
+    assert c.sd_lora_report(null, 0) == null
+    assert not c.sd_get_importance(null, 0, sd.ffi.new("sd_importance *"))
     c.sd_close(null)
 
 

@@ -625,6 +625,14 @@ def test_case_53_the_same_lora_twice_is_loaded_once_with_the_sum(named: SDContex
     assert_same(got, latent(named, "a <lora:x> b "))
 
 
+def test_loras_that_can_be_read_only_once_are_for_every_picture(named: SDContext) -> None:
+    small = {"width": 32, "height": 32, "steps": 1, "cfg_scale": 1.0}
+    both = named.generate(prompts=["a", "b"], loras=(lora for lora in [("x", 8.0)]), seed=1, **small)
+    alone = named.generate("b", loras=[("x", 8.0)], seed=2, **small)
+    np.testing.assert_array_equal(both[1], alone)
+    assert both[1].parameters.prompt == alone.parameters.prompt == "b <lora:x:8:8>"
+
+
 @pytest.mark.parametrize(
     ("tag", "te", "unet"),
     [

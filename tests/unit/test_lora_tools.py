@@ -544,7 +544,8 @@ def test_the_outline_of_a_model_has_the_engines_names(
     from sdcpp_py.lora.model import Model
     from sdcpp_py.lora.outline import DIFFUSERS
 
-    outline = Model(tiny_folder(model)).outline
+    with Model(tiny_folder(model)) as opened:
+        outline = opened.outline
     ours = {
         f"{DIFFUSERS['sd1'][module.component]}.{module.parts[0].diffusers}.weight": module.name
         for module in outline.modules

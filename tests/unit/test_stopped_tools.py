@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,3 +128,12 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tool: str, room: int,
     assert [path.name for path in tmp_path.iterdir()] == ([] if tool == "split.gguf" else [tool])
     assert tool == "split.gguf" or out.read_bytes() == b"old"
     assert hashes(sources) == before
+
+
+@each_tool
+def test_files_are_closed_by_those_who_opened_them(tool: str, sources: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        TOOLS[tool](sources, tmp_path / tool)
+        gc.collect()
+    assert not [str(warning.message) for warning in told]

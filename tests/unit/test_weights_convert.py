@@ -521,10 +521,10 @@ def test_a_source_that_shrinks_is_told(half: Path, tmp_path: Path) -> None:
         ({"tensor_types": [("to_q", "q4_K")]}, "has rows of 32, no whole blocks of q4_K"),
         ({"drop": ["("]}, "is no regular expression"),
         ({"drop": ["xyz"]}, "no tensor has a name that matches 'xyz'"),
-        ({"only": "lora"}, "only 'lora': there are: denoiser"),
+        ({"only": "lora"}, "only 'lora' is not known; there are: denoiser"),
         ({"only": "t5xxl"}, "has no t5xxl; it has: clip_l, denoiser, vae"),
-        ({"split": 0}, "split 0: expected"),
-        ({"threads": 0}, "threads 0: must be at least 1"),
+        ({"split": 0}, "split 0: must be between 1"),
+        ({"threads": 0}, "threads 0: must be between 1"),
         ({"components": {"lora": "x"}}, "component 'lora' is not known"),
     ],
 )

@@ -23,8 +23,11 @@ sd_status sd_reset_loras(sd_ctx * ctx) {
 }
 
 bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora) {
+    if (!ctx || !lora || image < 0) {
+        return false;
+    }
     const auto & images = ctx->context.loras().state().images;
-    if (!lora || image < 0 || index < 0 || images.empty()) {
+    if (images.empty()) {
         return false;
     }
     const auto & uses = images[images.size() == 1 ? 0 : std::min<size_t>(image, images.size() - 1)];
@@ -37,13 +40,16 @@ bool sd_get_lora(const sd_ctx * ctx, int image, int index, sd_lora * lora) {
 }
 
 const char * sd_lora_report(sd_ctx * ctx, int index) {
-    if (index <= 0) {
-        ctx->reports.clear();
-        for (const sd::LoraReport & report : ctx->context.loras().reports()) {
-            ctx->reports.push_back(sd::report_json(report));
+    const sd_status status = guarded([&] {
+        need(ctx, "ctx");
+        if (index <= 0) {
+            ctx->reports.clear();
+            for (const sd::LoraReport & report : ctx->context.loras().reports()) {
+                ctx->reports.push_back(sd::report_json(report));
+            }
         }
-    }
-    return name_at(ctx->reports, index);
+    });
+    return status == SD_OK ? name_at(ctx->reports, index) : nullptr;
 }
 
 sd_status sd_inspect_lora(sd_ctx * ctx, const char * path, const char ** json) {

@@ -6,7 +6,6 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -36,8 +35,8 @@ void parallel_for(int threads, size_t n, const Work & work) {
         while (others.size() + 1 < wanted) {
             others.emplace_back(run);
         }
-    } catch (const std::system_error &) {
-        // The system gives no more threads: those that there are do the work.
+    } catch (const std::exception &) {
+        // The system gives no more threads, or no memory for them: those that there are do the work.
     }
     run();
     for (std::thread & other : others) {

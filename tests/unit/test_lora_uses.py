@@ -16,7 +16,7 @@ from sdcpp_py.errors import BadArgument, Internal, Unsupported
 from sdcpp_py.lora.blocks import PRESETS, read_blocks
 from sdcpp_py.lora.library import LoraLibrary
 from sdcpp_py.lora.report import LoraReport
-from sdcpp_py.lora.state import LoraUse, lora_tags, multipliers, read_uses
+from sdcpp_py.lora.uses import LoraUse, lora_tags, multipliers, read_uses
 from sdcpp_py.prompt import LoraTag, parse
 
 
@@ -139,8 +139,8 @@ def test_a_tag_never_is_a_path(library: LoraLibrary, tmp_path: Path) -> None:
     ("loras", "message"),
     [
         ("x", "must be a list"),
-        (3, "must be a list or a dict, not int"),
-        ([("x", "1")], "'x': the multiplier '1' must be a finite number"),
+        (3, "must be a list, .*not int"),
+        ([("x", "1")], "'x': the multiplier '1': must be a finite number"),
         ([("x", float("nan"))], "multiplier .*nan.* must be a finite number"),
         ([("x", float("inf"))], "must be a finite number"),
         ([("x", True)], "must be a finite number"),

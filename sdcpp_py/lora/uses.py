@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+import numpy as np
+
+from .. import check
 from ..errors import BadArgument
 from ..files import AnyPath
 from ..prompt import LoraTag, shown
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("sdcpp_py")
 
 USUAL: Final = 10.0  # a multiplier beyond it is worth a warning
-MOST: Final = 3e38  # what the engine can hold
 _KEYS: Final = ("te", "te2", "te3", "unet", "start", "stop", "lbw")
 # Text encoders that a family has beside the one that "te" names; see engine's TextEncoder.
 _MORE_ENCODERS: Final = {"sdxl": ("te2",), "sd3": ("te2", "te3"), "flux": ("te3",)}
@@ -173,24 +175,27 @@ def lora_tags(library: LoraLibrary, loras: Loras) -> list[str]:
 # ---- the argument loras= -------------------------------------------------------------------------------
 
 
+def entries(loras: object) -> list[Any]:
+    """What the argument holds, as a list that may be read more than once, which generators may not.
+
+    Raises:
+        BadArgument: It is no list of LoRAs.
+    """
+    named = str(loras) if isinstance(loras, (str, os.PathLike)) else "pencil"
+    series = loras.items() if isinstance(loras, Mapping) else loras
+    return check.entries("loras", series, f"[({shown(named)}, 0.8)]")
+
+
 def _as_tags(loras: object) -> list[LoraTag]:
     """The argument in the form of tags; their names may be paths of the caller's own."""
-    if isinstance(loras, (str, os.PathLike)):
-        raise BadArgument(f"loras: must be a list, such as [({shown(str(loras))}, 0.8)]")
-    if isinstance(loras, Mapping):
-        entries: list[object] = list(loras.items())
-    elif isinstance(loras, Iterable):
-        entries = list(loras)
-    else:
-        raise BadArgument(f"loras: must be a list or a dict, not {type(loras).__name__}")
-    return [_as_tag(entry) for entry in entries]
+    return [_as_tag(entry) for entry in entries(loras)]
 
 
 def _as_tag(entry: object) -> LoraTag:
     if isinstance(entry, (str, os.PathLike)):
         entry = (entry, 1.0)
     if not isinstance(entry, tuple | list) or len(entry) != 2:
-        raise BadArgument(f"loras: {_brief(entry)} is no LoRA; write (name, 0.8)")
+        raise BadArgument(f"loras: {check.brief(entry)} is no LoRA; write (name, 0.8)")
     name, strength = entry
     if not isinstance(name, (str, os.PathLike)):
         raise BadArgument(f"loras: a LoRA is named by text or a path, not {type(name).__name__}")
@@ -211,19 +216,10 @@ def _as_tag(entry: object) -> LoraTag:
 
 
 def _multiplier(what: str, value: object) -> float:
-    try:
-        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= MOST:
-        raise BadArgument(f"{what}: the multiplier {_brief(value)} must be a finite number")
+    number = check.number(f"{what}: the multiplier", value)
     if abs(number) > USUAL:
         log.warning("%s: the multiplier %g is far beyond the usual 0 to 1", what, number)
     return number
-
-
-def _brief(value: object) -> str:
-    return shown(value) if isinstance(value, str) else shown(repr(value))
 
 
 # ---- one use -------------------------------------------------------------------------------------------
@@ -246,13 +242,14 @@ def _share(tag: LoraTag, which: str, at: object, steps: int | None) -> float | N
     """A step, or a share of the steps, as a share: step 1 starts at 0, and the last one stops at 1."""
     if at is None:
         return None
-    what = f"LoRA {shown(str(tag.name))}: {which} {_brief(at)}"
-    if isinstance(at, bool) or not isinstance(at, (int, float)):
+    what = f"LoRA {shown(str(tag.name))}: {which} {check.brief(at)}"
+    if isinstance(at, (bool, np.bool_)) or not isinstance(at, (int, float, np.integer, np.floating)):
         raise BadArgument(f"{what} must be a step such as 5, or a share of the steps such as 0.2")
-    if isinstance(at, float):
+    if isinstance(at, (float, np.floating)):
         if not 0 <= at <= 1:
             raise BadArgument(f"{what} must be a share of the steps, 0.0 to 1.0; a whole number is a step")
-        return at
+        return float(at)
+    at = int(at)
     if at < 0:
         raise BadArgument(f"{what} must be 0 or more")
     if steps is None:
@@ -279,5 +276,5 @@ def _for_family(tag: LoraTag, family: str) -> LoraTag:
 
 def _check_multipliers(name: str, numbers: Iterable[float]) -> None:
     for number in numbers:
-        if not abs(number) <= MOST:
+        if not abs(number) <= check.MOST:
             raise BadArgument(f"LoRA {shown(name)}: its multipliers add up to {number}; they must be finite")
