@@ -96,6 +96,14 @@ def computing_on() -> tuple[str, str]:
     return os.environ.get("SDCPP_KERNELS", ""), os.environ["SDCPP_PRECISION"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hashes of files that tests make are kept beside them, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinySD1], Path]:
     """A tiny model's diffusers folder, made at its first use."""
