@@ -258,10 +258,11 @@ template <Form form> SD_INLINE void expect_inputs(const Operand & o, const Tile 
 
 // ---- products --------------------------------------------------------------------------------------------
 
-template <Form form, int V, bool whole>
-SD_INLINE void filter_results(const Block & b, const ResultRows & rows, const float * products, int64_t step, int column) {
+// Some vectors of one panel, all columns of which there are, or not.
+template <Form form, bool whole>
+void filter_results(const Block & b, const ResultRows & rows, const float * products, int64_t step, int column, int some) {
     constexpr int n = side<form>;
-    for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < some; ++v) {
         Vec m[n * n], half[2 * n], y[4];
 #pragma GCC unroll 16
         for (int i = 0; i < n * n; ++i) {
@@ -317,9 +318,9 @@ template <Form form, int R> void filter_tiles(const Block & b, Tile & tile) {
         }
         for (int i = 0; i < R; ++i) {
             if (b.columns - column >= V * lanes) {
-                filter_results<form, V, true>(b, rows[i], sums + i * panel, R * panel, column);
+                filter_results<form, true>(b, rows[i], sums + i * panel, R * panel, column, V);
             } else {
-                filter_results<form, V, false>(b, rows[i], sums + i * panel, R * panel, column);
+                filter_results<form, false>(b, rows[i], sums + i * panel, R * panel, column, V);
             }
         }
     });
