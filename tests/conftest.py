@@ -20,6 +20,9 @@ from sdcpp_py.files import data_dir
 # What tests compare with computes in float32; tests of bfloat16 ask for it.
 os.environ.setdefault("SDCPP_PRECISION", "f32")
 
+# Each core has a process of its own: several threads of torch's in each wait for one another four fifths of their time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Fixtures by which a test runs once for each kernel set, and the precisions of those.
 KERNELS = {"kernels": ("f32",), "all_kernels": ("f32", "bf16")}
 
