@@ -8,7 +8,9 @@
 namespace sd {
 namespace {
 
-#if defined(__AVX512F__) || defined(__ARM_NEON)
+#if defined(SD_AMX)
+constexpr int vectors = 2;
+#elif defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int vectors = 4; // of a panel: 6 rows of 4 sums, 4 weights and one factor fill 32 registers
 #else
 constexpr int vectors = 2; // 16 registers
@@ -27,7 +29,7 @@ constexpr int channels_of_number = products_in_bf16 ? 2 : 1;
 
 #ifdef SD_AMX
 constexpr int channel_step = 32; // of a tile
-constexpr int depth = 512;       // with 32 rows the first-level cache
+constexpr int depth = 1152;       // with 32 rows the first-level cache
 constexpr int least_rows = 1024;
 #else
 constexpr int channel_step = channels_of_number;

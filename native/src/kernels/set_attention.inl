@@ -2,7 +2,6 @@
 // are scaled down whenever a larger score turns up (Milakov and Gimelshein, 2018; Dao et al., 2022).
 
 constexpr int query_block = 96; // whole numbers of `attended` of every set
-constexpr int key_block = 256;
 constexpr int key_step = lanes > channel_step ? lanes : channel_step; // scores are there for whole steps of keys
 
 template <int n> struct Columns {
@@ -108,10 +107,10 @@ template <int R> SD_INLINE void score(const Head & h, const HeadScratch & s, int
     }
 }
 
-// R queries, beginning with number `at` of the block, see `keys` keys.
-template <int R> void attend(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
-    score<R>(h, s, query, at, key, keys);
-    const int64_t width = up_to(h.size, lanes);
+// Scores of R queries, the first of which is number `at` of the block and `row` of those scored, become chances.
+template <int R> SD_INLINE void soften(const HeadScratch & s, int64_t width, int at, int row, int keys) {
+    float * const scores = s.scores + row * key_block;
+    auto * const  chances = s.chances + row * key_block / channels_of_number;
     Vec           most[R], total[R];
     for (int r = 0; r < R; ++r) {
         most[r] = splat(s.most[at + r]);
@@ -119,7 +118,7 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
     }
     for (int i = 0; i < keys; i += lanes) { // all rows at once, whose chains of results do not wait for each other
         for (int r = 0; r < R; ++r) {
-            most[r] = larger(most[r], load(s.scores + r * key_block + i));
+            most[r] = larger(most[r], load(scores + r * key_block + i));
         }
     }
     for (int r = 0; r < R; ++r) {
@@ -127,12 +126,12 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
     }
     for (int i = 0; i < up_to(keys, key_step); i += lanes) {
         for (int r = 0; r < R; ++r) {
-            const Vec p = exp2_of(load(s.scores + r * key_block + i) - most[r]);
+            const Vec p = exp2_of(load(scores + r * key_block + i) - most[r]);
             total[r] += p;
 #ifdef SD_BF16
-            store_bf16_upto(reinterpret_cast<uint16_t *>(s.chances) + r * key_block + i, p, lanes);
+            store_bf16_upto(reinterpret_cast<uint16_t *>(chances) + r * key_block + i, p, lanes);
 #else
-            store(s.scores + r * key_block + i, p);
+            store(chances + r * key_block + i, p);
 #endif
         }
     }
@@ -149,6 +148,18 @@ template <int R> void attend(const Head & h, const HeadScratch & s, int64_t quer
         }
         s.total[at + r] += sum_of(total[r])[0];
     }
+}
+
+// R queries, beginning with number `at` of the block, see `keys` keys.
+template <int R> void attend(const Head & h, const HeadScratch & s, int64_t query, int at, int64_t key, int keys) {
+    score<R>(h, s, query, at, key, keys);
+    const int64_t width = up_to(h.size, lanes);
+    constexpr int at_once = R < softened ? R : softened;
+    static_assert(R % at_once == 0);
+    for (int row = 0; row < R; row += at_once) {
+        soften<at_once>(s, width, at + row, row, keys);
+    }
+    float * sums = s.sums + at * width;
     const auto columns = [&](auto some, int64_t first) {
         multiply_evenly<R, decltype(some)::vectors>(s.chances, key_block / channels_of_number, numbers_of(keys),
                                                     s.values + key / channels_of_number * width + first, width, sums + first,

@@ -1,6 +1,8 @@
 // The innermost loops, of vectors; part of set.inl.
 
-constexpr int tile_rows = 6, attended = 6; // rows and queries at once
+constexpr int tile_rows = 6;
+// Queries and keys that are multiplied, and rows of scores that become chances, at a time.
+constexpr int attended = 6, key_block = 256, softened = 6;
 
 // What a kernel that multiplies holds while it does.
 struct Multiplier {

@@ -1,23 +1,5 @@
 // Products with weights; part of set.inl.
 
-SD_INLINE Vec finished(const Epilogue & e, Vec sum, int64_t row, int column, int n) {
-    const int64_t image = e.scale || e.shift ? row / e.rows_per_image : 0;
-    if (e.bias) {
-        sum += load_upto(e.bias + column, n);
-    }
-    sum = activated(sum, e.activation);
-    if (e.scale) {
-        sum *= load_upto(e.scale + image * e.scale_image + column, n);
-    }
-    if (e.shift) {
-        sum += load_upto(e.shift + image * e.shift_image + column, n);
-    }
-    if (e.residual) {
-        sum += load_upto(e.residual + row * e.residual_row + column, n);
-    }
-    return sum;
-}
-
 // Asks for what a tile will read and write, which arrives while it is multiplied.
 SD_INLINE void expect_tile(const Block & b, int64_t row, int count, int column) {
     const int64_t size = b.y.bf16 ? 2 : 4, from = b.y_column + column;
@@ -36,24 +18,65 @@ SD_INLINE void expect_tile(const Block & b, int64_t row, int count, int column) 
     }
 }
 
-// The first n of a vector of sums.
-SD_INLINE void write_sum(const Block & b, Vec sum, int64_t row, int column, int n) {
-    const int64_t at = row * b.y_row + b.y_column + column;
-    if (!b.first) {
-        sum += load_upto(static_cast<const float *>(b.y.data) + at, n);
+// What becomes of the sums of a panel. It holds copies: a store through y might change the block, for all that a compiler
+// knows, which would read it anew for every vector.
+class Writer {
+  public:
+    struct Row {
+        int64_t       at; // its first sum of the panel in y
+        const float * scale, *shift, *residual;
+    };
+
+    Writer(const Block & b, int column)
+        : y_(b.y), e_(*b.epilogue), y_row_(b.y_row), y_column_(b.y_column + column), column_(column), first_(b.first),
+          last_(b.last) {}
+
+    __attribute__((always_inline)) Row row(int64_t row) const {
+        const auto    from = [&](const float * x, int64_t at) { return x ? x + at + column_ : nullptr; };
+        const int64_t image = e_.scale || e_.shift ? row / e_.rows_per_image : 0;
+        return {row * y_row_ + y_column_, from(e_.scale, image * e_.scale_image), from(e_.shift, image * e_.shift_image),
+                from(e_.residual, row * e_.residual_row)};
     }
-    if (b.last) {
-        sum = finished(*b.epilogue, sum, row, column, n);
+
+    // The first n of a vector of sums, `column` further in the panel.
+    __attribute__((always_inline)) void write(const Row & row, Vec sum, int column, int n) const {
+        if (!first_) {
+            sum += load_upto(static_cast<const float *>(y_.data) + row.at + column, n);
+        }
+        if (last_) {
+            if (e_.bias) {
+                sum += load_upto(e_.bias + column_ + column, n);
+            }
+            sum = activated(sum, e_.activation);
+            if (row.scale) {
+                sum *= load_upto(row.scale + column, n);
+            }
+            if (row.shift) {
+                sum += load_upto(row.shift + column, n);
+            }
+            if (row.residual) {
+                sum += load_upto(row.residual + column, n);
+            }
+        }
+        put(y_, row.at + column, sum, n);
     }
-    put(b.y, at, sum, n);
-}
+
+  private:
+    const Activations y_;
+    const Epilogue    e_;
+    const int64_t     y_row_, y_column_;
+    const int         column_;
+    const bool        first_, last_;
+};
 
 // Some vectors of one panel, all columns of which there are, or not.
 template <bool whole> SD_INLINE void write_tile(const Block & b, const float * total, int64_t row, int count, int column, int some) {
+    const Writer writer(b, column);
     for (int r = 0; r < count; ++r) {
+        const Writer::Row at = writer.row(row + r);
         for (int v = 0; v < some; ++v) {
             const int n = whole ? lanes : b.columns - column - v * lanes;
-            write_sum(b, load(total + r * panel + v * lanes), row + r, column + v * lanes, n);
+            writer.write(at, load(total + r * panel + v * lanes), v * lanes, n);
         }
     }
 }

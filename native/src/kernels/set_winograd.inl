@@ -262,6 +262,11 @@ template <Form form> SD_INLINE void expect_inputs(const Operand & o, const Tile 
 template <Form form, bool whole>
 void filter_results(const Block & b, const ResultRows & rows, const float * products, int64_t step, int column, int some) {
     constexpr int n = side<form>;
+    const Writer  writer(b, column);
+    Writer::Row   to[4];
+    for (int i = 0; i < 4; ++i) {
+        to[i] = rows.at[i] < 0 ? Writer::Row{} : writer.row(rows.at[i]);
+    }
     for (int v = 0; v < some; ++v) {
         Vec m[n * n], half[2 * n], y[4];
 #pragma GCC unroll 16
@@ -277,7 +282,7 @@ void filter_results(const Block & b, const ResultRows & rows, const float * prod
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             if (rows.at[i] >= 0) {
-                write_sum(b, y[i], rows.at[i], column + v * lanes, whole ? lanes : b.columns - column - v * lanes);
+                writer.write(to[i], y[i], v * lanes, whole ? lanes : b.columns - column - v * lanes);
             }
         }
     }
