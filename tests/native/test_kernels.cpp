@@ -96,12 +96,14 @@ struct Picture {
     int channels, width, height, images;
 };
 
-// A product of one picture of f32, or bf16, with a weight [channels * taps, columns], all channels at a time.
+// A product of one picture of f32, or bf16, with a weight [channels * taps, columns], all channels at a time; with an adapter
+// added to it: rows of `rank` channels times a weight [rank, columns].
 struct Case {
     Picture x;
     int     taps, stride, columns, enlarge;
     bool    bf16;
     Form    form = Form::direct;
+    int     rank = 0;
 };
 
 struct Shape {
@@ -116,6 +118,7 @@ Shape shape_of(const Case & c) {
 
 struct Inputs {
     std::vector<float>    x, w, bias, residual;
+    std::vector<float>    adapter_x, adapter_w;
     std::vector<uint16_t> halves; // x as bf16
 };
 
@@ -123,38 +126,47 @@ Inputs inputs_of(const Case & c) {
     const Shape shape = shape_of(c);
     Inputs      out{numbers(int64_t{c.x.channels} * c.x.width * c.x.height * c.x.images),
                numbers(int64_t{c.x.channels} * shape.taps * c.columns), numbers(c.columns),
-               numbers(int64_t{shape.rows} * c.columns), {}};
+               numbers(int64_t{shape.rows} * c.columns), numbers(int64_t{shape.rows} * c.rank),
+               numbers(int64_t{c.rank} * c.columns), {}};
     for (const float v : out.x) {
         out.halves.push_back(to_bf16(v));
     }
     return out;
 }
 
-std::vector<float> product_of(const KernelSet & set, const Case & c, const Inputs & inputs) {
-    const auto & [x, w, bias, residual, halves] = inputs;
-    const auto [pad, taps, rows_w, rows_h, rows] = shape_of(c);
-    const int64_t panel_bytes = set.panel_bytes(c.form, taps, c.x.channels), panels = (c.columns + set.panel - 1) / set.panel;
-    const auto    packed = memory(panels * panel_bytes);
-    const int     padded = (c.x.channels + set.channel_step - 1) / set.channel_step * set.channel_step;
-    const auto    pack_scratch = memory(int64_t{4} * taps * padded * set.lanes);
-    for (int64_t at = 0; at < panels * set.panel; at += set.lanes) {
-        const int64_t there = std::min<int64_t>(std::max<int64_t>(c.columns - at, 0), set.lanes);
-        set.pack({c.form, w.data() + (there ? at * c.x.channels * taps : 0), Element::f32, int64_t{c.x.channels} * taps,
-                  static_cast<int>(there), taps, c.x.channels, static_cast<char *>(packed.get()) + at / set.panel * panel_bytes,
-                  static_cast<int>(at % set.panel), static_cast<float *>(pack_scratch.get())});
-    }
+using Memory = std::unique_ptr<void, Free>;
 
-    const std::vector<float> zeros(static_cast<size_t>(padded));
+// The panels of a weight [channels * taps, columns].
+Memory packed(const KernelSet & set, Form form, const std::vector<float> & w, int channels, int taps, int columns) {
+    const int64_t bytes = set.panel_bytes(form, taps, channels), panels = (columns + set.panel - 1) / set.panel;
+    const int     padded = (channels + set.channel_step - 1) / set.channel_step * set.channel_step;
+    const auto    scratch = memory(int64_t{4} * taps * padded * set.lanes);
+    Memory        out = memory(panels * bytes);
+    for (int64_t at = 0; at < panels * set.panel; at += set.lanes) {
+        const int64_t there = std::min<int64_t>(std::max<int64_t>(columns - at, 0), set.lanes);
+        set.pack({form, w.data() + (there ? at * channels * taps : 0), Element::f32, int64_t{channels} * taps,
+                  static_cast<int>(there), taps, channels, static_cast<char *>(out.get()) + at / set.panel * bytes,
+                  static_cast<int>(at % set.panel), static_cast<float *>(scratch.get())});
+    }
+    return out;
+}
+
+std::vector<float> product_of(const KernelSet & set, const Case & c, const Inputs & inputs) {
+    const auto [pad, taps, rows_w, rows_h, rows] = shape_of(c);
+    const Memory panels = packed(set, c.form, inputs.w, c.x.channels, taps, c.columns);
+    const Memory adapter_panels = packed(set, Form::direct, inputs.adapter_w, c.rank, 1, c.columns);
+
+    const std::vector<float> zeros(static_cast<size_t>(c.x.channels + set.channel_step));
     Epilogue                 epilogue{};
-    epilogue.bias = bias.data();
-    epilogue.residual = residual.data();
+    epilogue.bias = inputs.bias.data();
+    epilogue.residual = inputs.residual.data();
     epilogue.residual_row = c.columns;
     epilogue.rows_per_image = rows;
     std::vector<float> y(static_cast<size_t>(rows) * c.columns);
-    const auto         scratch = memory(set.row_scratch(c.form, taps, c.x.channels));
-    Block              block{};
-    Rows &             from = block.operands[0].rows;
-    from.x = c.bf16 ? static_cast<const void *>(halves.data()) : x.data();
+    const auto scratch = memory(set.row_scratch(c.form, taps, c.x.channels) + set.row_scratch(Form::direct, 1, c.rank));
+    Block      block{};
+    Rows &     from = block.operands[0].rows;
+    from.x = c.bf16 ? static_cast<const void *>(inputs.halves.data()) : inputs.x.data();
     from.bf16 = c.bf16;
     from.pixel = c.x.channels;
     from.image = int64_t{c.x.channels} * c.x.width * c.x.height;
@@ -170,7 +182,18 @@ std::vector<float> product_of(const KernelSet & set, const Case & c, const Input
     from.zeros = zeros.data();
     block.operands[0].form = c.form;
     block.operands[0].length = c.x.channels;
-    block.operands[0].panels = packed.get();
+    block.operands[0].panels = panels.get();
+    if (c.rank > 0) {
+        Rows & adapter = block.operands[1].rows;
+        adapter.x = inputs.adapter_x.data();
+        adapter.pixel = c.rank;
+        adapter.width = adapter.seen_width = adapter.out_width = rows;
+        adapter.height = adapter.seen_height = adapter.out_height = 1;
+        block.operands[1].form = Form::direct;
+        block.operands[1].length = c.rank;
+        block.operands[1].panels = adapter_panels.get();
+        block.count = 2;
+    }
     block.end_row = rows;
     block.y = {y.data(), false};
     block.y_row = c.columns;
@@ -186,7 +209,7 @@ std::vector<float> product_of(const KernelSet & set, const Case & c, const Input
 void check_product(const KernelSet & set, const Case & c) {
     const auto inputs = inputs_of(c);
     const auto y = product_of(set, c, inputs);
-    const auto & [x, w, bias, residual, halves] = inputs;
+    const auto & [x, w, bias, residual, adapter_x, adapter_w, halves] = inputs;
     const auto [pad, taps, rows_w, rows_h, rows] = shape_of(c);
     std::vector<double> want;
     for (int row = 0; row < rows; ++row) {
@@ -204,6 +227,10 @@ void check_product(const KernelSet & set, const Case & c) {
                     sum += (c.bf16 ? from_bf16(to_bf16(value)) : seen(set, value)) *
                            seen(set, w[(int64_t{column} * c.x.channels + channel) * taps + tap]);
                 }
+            }
+            for (int i = 0; i < c.rank; ++i) {
+                sum += seen(set, adapter_x[static_cast<size_t>(row) * c.rank + i]) *
+                       seen(set, adapter_w[static_cast<size_t>(column) * c.rank + i]);
             }
             want.push_back(sum);
         }
@@ -284,6 +311,44 @@ TEST_CASE("products of tokens and pictures") {
             check_product(*set, {{16, 9, 8, 1}, 3, 2, 20, 1, bf16});
             check_product(*set, {{16, 5, 4, 2}, 3, 1, 20, 2, bf16});
             check_product(*set, {{8, 4, 3, 1}, 1, 1, 20, 2, bf16});
+        }
+    }
+}
+
+// Of lines as long as AMX's tiles are high, and longer: rows of a tile then share what their taps see.
+TEST_CASE("convolutions of wide pictures") {
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        for (const bool bf16 : {false, true}) {
+            if (bf16 && !set->bf16) {
+                continue;
+            }
+            for (const int channels : {2, 30, 32, 64, 97}) {
+                check_product(*set, {{channels + channels % 2 * bf16, 16, 3, 2}, 3, 1, 33, 1, bf16});
+            }
+            for (const int width : {15, 17, 32, 48, 80}) {
+                check_product(*set, {{40, width, 3, 1}, 3, 1, 20, 1, bf16});
+            }
+            check_product(*set, {{32, 32, 5, 2}, 3, 2, 20, 1, bf16});
+            check_product(*set, {{32, 8, 3, 2}, 3, 1, 20, 2, bf16});
+            check_product(*set, {{32, 16, 6, 1}, 5, 1, 20, 1, bf16});
+            check_product(*set, {{32, 16, 6, 1}, 5, 4, 20, 4, bf16});
+        }
+    }
+}
+
+TEST_CASE("products with an adapter") {
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        for (const bool bf16 : {false, true}) {
+            if (bf16 && !set->bf16) {
+                continue;
+            }
+            for (const int rank : {1, 4, 16, 33}) {
+                check_product(*set, {{64, 75, 1, 1}, 1, 1, 70, 1, bf16, Form::direct, rank});
+                check_product(*set, {{40, 16, 4, 1}, 3, 1, 70, 1, bf16, Form::direct, rank});
+                check_product(*set, {{40, 7, 5, 2}, 3, 1, 33, 1, bf16, Form::direct, rank});
+            }
         }
     }
 }
