@@ -42,10 +42,11 @@ def test_every_set_matches_diffusers_stored_answer(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_number_of_threads_changes_no_bit(case: Case, tiny_folder: Callable[..., Path]) -> None:
-    one, three = (
-        _native.probe_run(open_model(tiny_folder(case.model), threads=n), case.network, **case.inputs) for n in (1, 3)
-    )
-    assert one.tobytes() == three.tobytes()
+    answers = {
+        _native.probe_run(open_model(tiny_folder(case.model), threads=n), case.network, **case.inputs).tobytes()
+        for n in (1, 3, 16)
+    }
+    assert len(answers) == 1
 
 
 @pytest.mark.skipif(not kernel_sets.runnable("bf16"), reason="this processor multiplies no bf16")

@@ -5,21 +5,26 @@
 #include <ggml.h>
 
 #include <algorithm>
+#include <limits>
 #include <cstring>
 
 namespace sd {
 namespace {
 
-// Weights that are unpacked at a time, and sums that more channels are added to, stay in the second-level cache together
-// while rows pass by. Few channels at a time and many columns read rows less often; many channels add to sums less often.
-constexpr int64_t weights_at_once = 384 << 10; // bytes
 // By minimal filtering more time goes into inputs, which every block of columns transforms anew, and into sums: deeper and
 // wider blocks, beside which the sums lie in the third-level cache.
-constexpr int64_t filtered_weights_at_once = 512 << 10, filtered_sums_at_once = 2 << 20;
+constexpr int64_t filtered_weights = 512 << 10, filtered_sums = 2 << 20; // bytes at a time
 constexpr int64_t columns_at_most = 320;
 constexpr int64_t deepest_gated = 4096; // twice a panel of it: 2 MB
 constexpr int64_t rows_of_quantised = 4096;
 constexpr int64_t filtered_channels = 16, filtered_rows = 64;
+
+// What a piece of work takes beside its products, in products: a weight's unpacking KernelSet::unpacking of them, more where
+// it is quantised, and each channel of a row, which is found, rounded or transformed, as many as with some columns.
+constexpr double quantised_unpacking = 4, found = 8, transformed = 32;
+constexpr double waiting = 0.25; // of a piece, which the others wait for at the end
+constexpr int64_t pieces_each = 6; // at most, that a thread is to take
+constexpr int64_t least_rows = 32; // of a piece: tiles of every set
 
 int64_t taps_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[0] * weight->ne[1] : 1; }
 int64_t inputs_of(const ggml_tensor * weight) { return weight->ne[2] * weight->ne[3] > 1 ? weight->ne[2] : weight->ne[0]; }
@@ -30,6 +35,9 @@ bool is_element(ggml_type type) { return type == GGML_TYPE_F32 || type == GGML_T
 Element element_of(ggml_type type) {
     return type == GGML_TYPE_F16 ? Element::f16 : type == GGML_TYPE_BF16 ? Element::bf16 : Element::f32;
 }
+
+// Of a channel, for each row and column.
+double multiplications(Form form, int taps) { return products_of(form, taps) / (form == Form::direct ? 1.0 : 4.0); }
 
 size_t aligned(int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); }
 
@@ -127,7 +135,7 @@ void Product::plan_chunks() {
         }
     }
     zeros_.assign(static_cast<size_t>(longest), 0.0f);
-    plan_columns();
+    plan_pieces();
     const int64_t panels = columns_at_once_ / set.panel * (gated() ? 2 : 1);
     for (const Chunk & chunk : chunks_) {
         size_t panel_bytes = 0, row_bytes = 0;
@@ -145,7 +153,11 @@ int64_t Product::pack_floats(const Slice & slice) const {
     return slice.taps * set.lanes * ((slice.length + set.channel_step - 1) / set.channel_step * set.channel_step);
 }
 
-void Product::plan_columns() {
+// ---- which pieces threads take --------------------------------------------------------------------------------
+
+// Blocks of columns whose weights fit the cache, and shares of the rows: the pair of numbers that takes the least time. Few
+// pieces unpack weights and find rows less often, many keep all threads busy to the end.
+void Product::plan_pieces() {
     int64_t deepest = 0; // bytes of a column of panels
     for (const Chunk & chunk : chunks_) {
         int64_t bytes = 0;
@@ -154,15 +166,46 @@ void Product::plan_columns() {
         }
         deepest = std::max(deepest, bytes);
     }
-    const int64_t panels = (columns_ + set.panel - 1) / set.panel;
-    const int64_t bytes = filtered_ ? filtered_weights_at_once : weights_at_once;
-    const int64_t most = std::clamp<int64_t>(bytes / deepest, 1, columns_at_most / set.panel);
-    int64_t       blocks = (panels + most - 1) / most;
-    if (rows_ < 2 * set.rows) { // then threads share columns
-        blocks = std::min(panels, std::max<int64_t>(blocks, 2 * pool.threads()));
+    const ggml_tensor * weight = parts_.terms.front().weight;
+    const bool          quantised = !is_element(weight->type);
+    const int64_t       threads = pool.threads(), panels = (columns_ + set.panel - 1) / set.panel;
+    const int64_t       weights = filtered_ ? filtered_weights : set.weights, sums = filtered_ ? filtered_sums : set.sums;
+    const int64_t       most_panels = std::clamp<int64_t>(weights / deepest, 1, columns_at_most / set.panel);
+    const int64_t       most_shares = std::max<int64_t>(filtered_ ? (ne_[2] + 1) / 2 * ne_[3] : rows_ / least_rows, 1);
+    const double        products = multiplications(form_of(parts_.terms.front()), static_cast<int>(taps_of(weight)));
+    const double unpacking = set.unpacking * (quantised ? quantised_unpacking : 1) * static_cast<double>(taps_of(weight)) / products;
+    const double beside = filtered_ ? transformed : found;
+
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t blocks = (panels + most_panels - 1) / most_panels; blocks <= panels; ++blocks) {
+        const int64_t columns = (panels + blocks - 1) / blocks * set.panel, across = (columns_ + columns - 1) / columns;
+        // What more channels are added to stays in the cache meanwhile.
+        const int64_t rows = quantised ? rows_of_quantised : sums / (static_cast<int64_t>(sizeof(float)) * columns);
+        const int64_t fewest = std::clamp<int64_t>(chunks_.size() > 1 ? rows_ / rows : 1, 1, most_shares);
+        for (int64_t each = 1; each <= pieces_each; ++each) {
+            const int64_t shares = std::clamp(each * threads / across, fewest, most_shares);
+            const double  rows_each = static_cast<double>(rows_) / static_cast<double>(shares);
+            const double  piece = rows_each * (static_cast<double>(columns) + beside) + unpacking * static_cast<double>(columns);
+            const double  turns = static_cast<double>((across * shares + threads - 1) / threads) + (threads > 1 ? waiting : 0);
+            if (turns * piece < least) {
+                least = turns * piece;
+                columns_at_once_ = columns;
+                shares_ = shares;
+            }
+        }
     }
-    columns_at_once_ = (panels + blocks - 1) / blocks * set.panel;
 }
+
+// Where one of the shares of the rows begins: at a whole tile, and of a filtered picture with an even line.
+int64_t Product::row_at(int64_t share) const {
+    if (!filtered_) {
+        return share == shares_ ? rows_ : rows_ * share / shares_ / least_rows * least_rows;
+    }
+    const int64_t pairs = (ne_[2] + 1) / 2, pair = pairs * ne_[3] * share / shares_;
+    return (pair / pairs * ne_[2] + pair % pairs * 2) * ne_[1];
+}
+
+// ---- unpacking ------------------------------------------------------------------------------------------------
 
 // Rows [row, row + rows) of a weight, at most as many as a vector has lanes, become columns of a panel.
 void Product::pack(const Slice & slice, int64_t row, int64_t rows, char * to, int column, float * floats, float * scratch) const {
@@ -248,27 +291,11 @@ void Product::work(ggml_tensor * out, const Piece & piece, int thread) {
     }
 }
 
-// Where one of several equal shares of the rows begins: of a filtered picture with an even line.
-int64_t Product::row_at(int64_t share, int64_t shares) const {
-    if (!filtered_) {
-        return rows_ * share / shares;
-    }
-    const int64_t pairs = (ne_[2] + 1) / 2, pair = pairs * ne_[3] * share / shares;
-    return (pair / pairs * ne_[2] + pair % pairs * 2) * ne_[1];
-}
-
 void Product::run(ggml_tensor * out) {
     const int64_t columns = columns_at_once_, across = (columns_ + columns - 1) / columns;
-    const int64_t wanted = pool.threads() > 1 ? (4 * pool.threads() + across - 1) / across : 1;
-    const int64_t most = std::max<int64_t>(rows_ / set.rows, 1);
-    const bool    quantised = !is_element(parts_.terms.front().weight->type);
-    const int64_t sums = (filtered_ ? filtered_sums_at_once : int64_t{set.rows} << 10) / (4 * columns); // of 256 columns
-    const int64_t least = chunks_.size() > 1 ? rows_ / (quantised ? rows_of_quantised : sums) : 1;
-    const int64_t down = std::clamp<int64_t>(std::max(wanted, least), 1, most);
-    pool.run(across * down, flops(), [&](int64_t number, int thread) {
+    pool.run(across * shares_, flops(), [&](int64_t number, int thread) {
         const int64_t row = number / across, column = number % across;
-        work(out, {row_at(row, down), row_at(row + 1, down), column * columns, std::min((column + 1) * columns, columns_)},
-             thread);
+        work(out, {row_at(row), row_at(row + 1), column * columns, std::min((column + 1) * columns, columns_)}, thread);
     });
 }
 
@@ -310,9 +337,8 @@ std::string Product::describe() const {
 double Product::flops() const {
     double flops = 0;
     for (const ProductTerm & term : parts_.terms) {
-        const Form   form = form_of(term);
-        const double products = products_of(form, static_cast<int>(taps_of(term.weight))) / (form == Form::direct ? 1.0 : 4.0);
-        flops += 2.0 * products * static_cast<double>(rows_ * inputs_of(term.weight) * outputs_of(term.weight));
+        flops += 2.0 * multiplications(form_of(term), static_cast<int>(taps_of(term.weight))) *
+                 static_cast<double>(rows_ * inputs_of(term.weight) * outputs_of(term.weight));
     }
     return flops;
 }

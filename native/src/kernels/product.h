@@ -56,9 +56,9 @@ class Product final : public Operation {
 
     Rows    rows_of(const ProductTerm & term) const;
     Form    form_of(const ProductTerm & term) const;
-    int64_t row_at(int64_t share, int64_t shares) const;
+    int64_t row_at(int64_t share) const;
     void    plan_chunks();
-    void    plan_columns();
+    void    plan_pieces();
     int64_t pack_floats(const Slice & slice) const;
     void    pack(const Slice & slice, int64_t row, int64_t rows, char * to, int column, float * floats, float * scratch) const;
     void    pack_columns(const Slice & slice, const Piece & piece, char * panels, char * scratch) const;
@@ -69,6 +69,7 @@ class Product final : public Operation {
     std::array<int64_t, 4> ne_{};      // of the result
     int64_t                columns_;   // of the result
     int64_t                columns_at_once_ = 0; // whole panels
+    int64_t                shares_ = 1; // of the rows
     int64_t                rows_ = 0;  // of the result
     std::vector<Chunk>     chunks_;
     bool                   filtered_ = false; // some of them by minimal filtering

@@ -106,7 +106,9 @@ struct KernelSet {
     const char * name;
     int          lanes, panel; // floats in a vector, columns in a panel
     int          depth;        // channels times taps that are unpacked and multiplied at a time
-    int          rows;         // at least, that a block of weights is unpacked for: little work beside multiplying by it
+    int          unpacking;    // rows that are multiplied by a weight while another is unpacked
+    int64_t      weights;      // bytes that are unpacked at a time, and with them
+    int64_t      sums;         // bytes that are added to, stay in the second-level cache while rows pass by
     int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
     bool         winograd;     // whether there are forms beside the direct one

@@ -28,13 +28,13 @@ constexpr bool products_in_bf16 = false;
 constexpr int channels_of_number = products_in_bf16 ? 2 : 1;
 
 #ifdef SD_AMX
-constexpr int channel_step = 32; // of a tile
-constexpr int depth = 1152;       // with 32 rows the first-level cache
-constexpr int least_rows = 1024;
+constexpr int     channel_step = 32; // of a tile
+constexpr int     depth = 2304, unpacking = 100;
+constexpr int64_t weights_at_once = 768 << 10, sums_at_once = 2 << 20; // all processors with AMX have 2 MB a core
 #else
-constexpr int channel_step = channels_of_number;
-constexpr int depth = products_in_bf16 ? 1536 : 768;
-constexpr int least_rows = 512;
+constexpr int     channel_step = channels_of_number;
+constexpr int     depth = products_in_bf16 ? 1536 : 768, unpacking = products_in_bf16 ? 36 : 20;
+constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10;
 #endif
 
 SD_INLINE int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -102,8 +102,8 @@ constexpr bool has_winograd = true;
 
 extern const KernelSet SD_SET;
 const KernelSet        SD_SET{
-    SD_SET_NAME, lanes,        panel,       depth,     least_rows, channel_step, products_in_bf16, has_winograd,
-    panel_bytes, row_scratch,  pack,        product,   head_scratch, attention,  moments,          affine,
+    SD_SET_NAME, lanes,        panel,       depth,       unpacking, weights_at_once, sums_at_once, channel_step, products_in_bf16,
+    has_winograd, panel_bytes, row_scratch, pack,        product,   head_scratch,    attention,    moments,      affine,
     normalise,   activate,     add,
 };
 

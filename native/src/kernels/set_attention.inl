@@ -26,7 +26,7 @@ struct HeadScratch {
         take(scores, attended * key_block);
         take(sums, query_block * width);
         take(most, query_block);
-        take(total, query_block);
+        take(total, query_block * lanes);
         take(packing, lanes * channels);
         if (products_in_bf16) {
             take(chances, attended * key_block / channels_of_number);
@@ -138,15 +138,16 @@ template <int R> SD_INLINE void soften(const HeadScratch & s, int64_t width, int
     float * sums = s.sums + at * width;
     for (int r = 0; r < R; ++r) {
         const float top = most[r][0];
+        float *     whole = s.total + (at + r) * lanes;
         if (top > s.most[at + r]) {
             const Vec fade = exp2_of(splat(s.most[at + r] - top));
             for (int64_t i = 0; i < width; i += lanes) {
                 store(sums + r * width + i, load(sums + r * width + i) * fade);
             }
             s.most[at + r] = top;
-            s.total[at + r] *= fade[0];
+            store(whole, load(whole) * fade);
         }
-        s.total[at + r] += sum_of(total[r])[0];
+        store(whole, load(whole) + total[r]);
     }
 }
 
@@ -193,7 +194,7 @@ void attention(const Head & h) {
         take_queries(h, s, query, queries);
         for (int i = 0; i < query_block; ++i) {
             s.most[i] = nothing;
-            s.total[i] = 0;
+            store(s.total + i * lanes, Vec{});
         }
         std::memset(s.sums, 0, sizeof(float) * static_cast<size_t>(query_block * width));
         for (int64_t key = 0; key < h.keys; key += key_block) {
@@ -213,8 +214,9 @@ void attention(const Head & h) {
 #endif
         }
         for (int i = 0; i < queries; ++i) {
+            const Vec total = sum_of(load(s.total + i * lanes));
             for (int at = 0; at < h.size; at += lanes) {
-                put(h.out, (query + i) * h.out_row + h.out_column + at, load(s.sums + i * width + at) / s.total[i], h.size - at);
+                put(h.out, (query + i) * h.out_row + h.out_column + at, load(s.sums + i * width + at) / total, h.size - at);
             }
         }
     }
