@@ -83,7 +83,8 @@ def _made() -> dict[object, Any]:
 def once(request: pytest.FixtureRequest, _made: dict[object, Any]) -> Callable[..., Any]:
     """What a test needs that does not depend on the kernels, such as torch's answer: once(make) is made for the first
     set and kept for the others. Where a test needs several, each has a key: once(make, "pixels")."""
-    case = {name: index for name, index in request.node.callspec.indices.items() if name not in KERNELS}
+    # By identity: not every parameter can be hashed, and those of a module are the same for each set.
+    case = {name: id(value) for name, value in request.node.callspec.params.items() if name not in KERNELS}
 
     def get(make: Callable[[], Any], key: object = None) -> Any:
         whole = (request.function.__name__, *sorted(case.items()), key)
@@ -92,6 +93,12 @@ def once(request: pytest.FixtureRequest, _made: dict[object, Any]) -> Callable[.
         return _made[whole]
 
     return get
+
+
+@pytest.fixture
+def once_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for files of what `once` makes: it stays for the tests on other sets, as tmp_path does not."""
+    return tmp_path_factory.mktemp(request.function.__name__)
 
 
 def computing_on() -> tuple[str, str]:

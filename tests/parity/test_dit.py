@@ -97,16 +97,16 @@ def test_a_folders_schedule_is_followed(
     pipeline: str,
     scheduler: dict[str, object],
     once: Callable[..., Any],
-    tmp_path: Path,
+    once_path: Path,
 ) -> None:
     from reference_dit import Truth
 
     run = cases_dit.Run("schedule", model, pipeline, {"cfg_scale": 4.0} if model is SD3 else {})
 
     def followed() -> tuple[Path, np.ndarray]:
-        truth = Truth(model, tmp_path)
-        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-        return tmp_path, truth.run(run)
+        truth = Truth(model, once_path)
+        (once_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+        return once_path, truth.run(run)
 
     folder, want = once(followed)
     arguments = {**run.arguments, "scheduler": "normal" if model is SD3 else "simple"}
@@ -146,11 +146,11 @@ def test_loras_act_as_diffusers_has_them(
     pipeline: str,
     dit: Callable[..., SDContext],
     once: Callable[..., Any],
-    tmp_path: Path,
+    once_path: Path,
 ) -> None:
     """On all modules of the plain model; on Fill diffusers fills the missing input features up with zeros."""
     case = cases_dit.denoise("lora", model, 6, 4, [500.0])
-    file, want = once(lambda: adapted_by_diffusers(model, pipeline, case, tmp_path))
+    file, want = once(lambda: adapted_by_diffusers(model, pipeline, case, once_path))
     context = dit(model)
     context.apply_loras([(str(file), 0.7)])
     got = _native.probe_run(context._native, case.network, **case.inputs)

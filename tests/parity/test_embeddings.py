@@ -28,11 +28,11 @@ def test_states_with_a_learned_word(
     layout: str,
     tiny_folder: Callable[[tiny.TinySD1], Path],
     once: Callable[..., Any],
-    tmp_path: Path,
+    once_path: Path,
 ) -> None:
     """Both compute in float32; 1e-5 is twenty roundings of it."""
     folder = tiny_folder(SD1)
-    words, want = once(lambda: learned_by_diffusers(vectors, layout, folder, tmp_path))
+    words, want = once(lambda: learned_by_diffusers(vectors, layout, folder, once_path))
     with SDContext(folder, embedding_dir=words, threads=1) as context:
         text = "a photo of cattoy , red light"
         assert context.count_tokens(text) == 6 + vectors

@@ -300,18 +300,30 @@ class Adapted:
     rounded: float
 
 
-def assert_engine_agrees(contexts: dict[str, SDContext], kernels: Kernels, adapted: Adapted) -> None:
+# Asserts that the engine agrees with what a function gives, which is called for the first kernel set only.
+Agrees = Callable[[Callable[[], list[Adapted]]], None]
+
+
+@pytest.fixture
+def assert_engine_agrees(contexts: dict[str, SDContext], all_kernels: Kernels, once: Callable[..., Any]) -> Agrees:
     """In each mode, and without a trace after it."""
-    network, inputs = adapted.case.network, adapted.case.inputs
-    tolerance = kernels.tolerance(1e-5, of_torch=adapted.rounded)
-    assert relative_rmse(adapted.want, adapted.plain) > 1e-3, "the adapter has no effect"
-    for context in contexts.values():
-        context.apply_loras({adapted.file: 1.0})
-        (report,) = context.lora_reports
-        assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
-        assert_close(_native.probe_run(context._native, network, **inputs), adapted.want, tolerance)
-        context.apply_loras({})
-        assert_close(_native.probe_run(context._native, network, **inputs), adapted.plain, kernels.tolerance(1e-5))
+
+    def agrees(adapt: Callable[[], list[Adapted]]) -> None:
+        for adapted in once(adapt):
+            network, inputs = adapted.case.network, adapted.case.inputs
+            tolerance = all_kernels.tolerance(1e-5, of_torch=adapted.rounded)
+            assert relative_rmse(adapted.want, adapted.plain) > 1e-3, "the adapter has no effect"
+            for context in contexts.values():
+                context.apply_loras({adapted.file: 1.0})
+                (report,) = context.lora_reports
+                assert report.is_complete, (report.skipped[:3], report.unmatched[:3], report.absent[:3])
+                got = _native.probe_run(context._native, network, **inputs)
+                assert_close(got, adapted.want, tolerance)
+                context.apply_loras({})
+                got = _native.probe_run(context._native, network, **inputs)
+                assert_close(got, adapted.plain, all_kernels.tolerance(1e-5))
+
+    return agrees
 
 
 def of_part(part: str, untouched: Callable[[str], Any]) -> tuple[Any, Callable[[Any], np.ndarray], Any]:
@@ -332,17 +344,10 @@ def network_config(name: str, targets: list[str]) -> Any:
 @pytest.mark.parametrize("name", [name for name in PEFT_KINDS if not name.endswith("-tucker")])
 @pytest.mark.parametrize("part", ["unet-linear", "unet-conv", "text"])
 def test_peft_networks(
-    name: str,
-    part: str,
-    contexts: dict[str, SDContext],
-    all_kernels: Kernels,
-    untouched: Callable[[str], Any],
-    once: Callable[..., Any],
-    tmp_path: Path,
+    name: str, part: str, assert_engine_agrees: Agrees, untouched: Callable[[str], Any], once_path: Path
 ) -> None:
     """A folder as peft saves it, on attention, on convolutions, and on the text encoder."""
-    adapted = once(lambda: adapted_by_peft(name, part, untouched, tmp_path / "adapter"))
-    assert_engine_agrees(contexts, all_kernels, adapted)
+    assert_engine_agrees(lambda: [adapted_by_peft(name, part, untouched, once_path / "adapter")])
 
 
 def adapted_by_peft(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:
@@ -364,15 +369,10 @@ def adapted_by_peft(name: str, part: str, untouched: Callable[[str], Any], folde
 
 
 def test_a_lora_that_diffusers_saves(
-    contexts: dict[str, SDContext],
-    all_kernels: Kernels,
-    untouched: Callable[[str], Any],
-    once: Callable[..., Any],
-    tmp_path: Path,
+    assert_engine_agrees: Agrees, untouched: Callable[[str], Any], once_path: Path
 ) -> None:
     """Both components in one file, with alpha and rank in its metadata."""
-    for adapted in once(lambda: adapted_by_diffusers(untouched, tmp_path)):
-        assert_engine_agrees(contexts, all_kernels, adapted)
+    assert_engine_agrees(lambda: adapted_by_diffusers(untouched, once_path))
 
 
 def adapted_by_diffusers(untouched: Callable[[str], Any], folder: Path) -> list[Adapted]:
@@ -423,17 +423,10 @@ LYCORIS_NETWORKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 @pytest.mark.parametrize("name", LYCORIS_NETWORKS)
 def test_lycoris_networks(
-    name: str,
-    part: str,
-    contexts: dict[str, SDContext],
-    all_kernels: Kernels,
-    untouched: Callable[[str], Any],
-    once: Callable[..., Any],
-    tmp_path: Path,
+    name: str, part: str, assert_engine_agrees: Agrees, untouched: Callable[[str], Any], once_path: Path
 ) -> None:
     """All modules of a network, in the file that the wrapper writes."""
-    adapted = once(lambda: adapted_by_lycoris(name, part, untouched, tmp_path))
-    assert_engine_agrees(contexts, all_kernels, adapted)
+    assert_engine_agrees(lambda: [adapted_by_lycoris(name, part, untouched, once_path)])
 
 
 def adapted_by_lycoris(name: str, part: str, untouched: Callable[[str], Any], folder: Path) -> Adapted:

@@ -141,15 +141,21 @@ def untouched_rounded(untouched: Callable[[str], Part]) -> Callable[[str], list[
     return cache(lambda label: errors(untouched(label).truth(torch.bfloat16), untouched(label).truth()))
 
 
+# Asserts that the engine agrees with what a function gives, which is called for the first kernel set only.
+Agrees = Callable[[Callable[[], Adapted]], None]
+
+
 @pytest.fixture
 def assert_engine_agrees(
     contexts: Callable[[tiny.TinySD1], dict[str, SDContext]],
     untouched_rounded: Callable[[str], list[float]],
     all_kernels: Kernels,
-) -> Callable[[Adapted], None]:
+    once: Callable[..., Any],
+) -> Agrees:
     """In both modes, and without a trace after it."""
 
-    def agrees(adapted: Adapted) -> None:
+    def agrees(adapt: Callable[[], Adapted]) -> None:
+        adapted = once(adapt)
         part = adapted.part
         assert relative_rmse(adapted.want[-1], adapted.plain[-1]) > 1e-3, "the adapter has no effect"
 
@@ -204,15 +210,10 @@ PEFT = {
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", PEFT)
 def test_what_diffusers_saves(
-    name: str,
-    part: str,
-    untouched: Callable[[str], Part],
-    assert_engine_agrees: Callable[[Adapted], None],
-    once: Callable[..., Any],
-    tmp_path: Path,
+    name: str, part: str, assert_engine_agrees: Agrees, untouched: Callable[[str], Part], once_path: Path
 ) -> None:
     """One component's adapter of peft in the file of a pipeline, with alpha and ranks in its metadata."""
-    assert_engine_agrees(once(lambda: adapted_by_peft(name, untouched(part), tmp_path)))
+    assert_engine_agrees(lambda: adapted_by_peft(name, untouched(part), once_path))
 
 
 def adapted_by_peft(name: str, part: Part, folder: Path) -> Adapted:
@@ -256,15 +257,10 @@ LYCORIS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", LYCORIS)
 def test_lycoris_networks(
-    name: str,
-    part: str,
-    untouched: Callable[[str], Part],
-    assert_engine_agrees: Callable[[Adapted], None],
-    once: Callable[..., Any],
-    tmp_path: Path,
+    name: str, part: str, assert_engine_agrees: Agrees, untouched: Callable[[str], Part], once_path: Path
 ) -> None:
     """All modules of a network, under the prefix by which kohya's trainer tells encoders apart."""
-    assert_engine_agrees(once(lambda: adapted_by_lycoris(name, untouched(part), tmp_path)))
+    assert_engine_agrees(lambda: adapted_by_lycoris(name, untouched(part), once_path))
 
 
 def adapted_by_lycoris(name: str, part: Part, folder: Path) -> Adapted:

@@ -232,10 +232,10 @@ def test_ssd_1b_paints(tiny_folder: Callable[..., Path], truth_of: Callable[...,
 
 @pytest.mark.parametrize("mode", ["runtime", "restore"])
 def test_multipliers_of_each_part_are_diffusers(
-    mode: str, tiny_folder: Callable[..., Path], once: Once, tmp_path: Path
+    mode: str, tiny_folder: Callable[..., Path], once: Once, once_path: Path
 ) -> None:
     """kohya's lora_te1_, lora_te2_ and lora_unet_ as set_adapters weighs the same factors."""
-    loras, want = once(lambda: weighed_by_diffusers(tiny_folder(SDXL), tmp_path))
+    loras, want = once(lambda: weighed_by_diffusers(tiny_folder(SDXL), once_path))
     with SDContext(tiny_folder(SDXL), lora_dir=loras, lora_mode=mode, threads=1) as context:
         request = REQUEST | {"width": 64, "height": 64}
         context.generate(f"{PROMPT}<lora:x:te=0.4:te2=0.9:unet=-0.5>", NEGATIVE, **request)
