@@ -68,7 +68,8 @@ FORMS = {"old": ("old", {}), "new": ("new", {}), "sentinels strip": ("new", {"st
 @pytest.fixture(scope="module", params=FORMS)
 def both(request, tmp_path_factory):
     """Ours and theirs: text to ids."""
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     form, options = FORMS[request.param]
     path = str(t5_vocabulary.write_json(tmp_path_factory.mktemp("t5") / "tokenizer.json", form, **options))
     tokenizer = tokenizers.Tokenizer.from_file(path)
@@ -109,7 +110,8 @@ def test_transformers_own_tokenizer(text):
 
 def transformers_ids(text: str) -> list[int]:
     if not hasattr(transformers_ids, "tokenizer"):
-        transformers = pytest.importorskip("transformers", minversion="5")
+        import transformers
+
         data = t5_vocabulary.tokenizer_json("old")["model"]["vocab"]
         transformers_ids.tokenizer = transformers.T5Tokenizer(
             vocab=[(piece, score) for piece, score in data], _spm_precompiled_charsmap=t5_vocabulary.charsmap()
@@ -118,7 +120,8 @@ def transformers_ids(text: str) -> list[int]:
 
 
 def test_our_table_of_llama_names_is_ggufs():
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, T5.layers)
     for name in tiny_t5.shapes(T5):
         if name != "shared.weight":  # of decoders as well, and named by the converter itself
