@@ -6,6 +6,8 @@
 #include "kernels/set.h"
 #include "kernels/sets.h"
 
+#include <ggml.h>
+
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -311,6 +313,46 @@ TEST_CASE("products of tokens and pictures") {
             check_product(*set, {{16, 9, 8, 1}, 3, 2, 20, 1, bf16});
             check_product(*set, {{16, 5, 4, 2}, 3, 1, 20, 2, bf16});
             check_product(*set, {{8, 4, 3, 1}, 1, 1, 20, 2, bf16});
+        }
+    }
+}
+
+// Numbers that all types hold exactly, in rows longer than what is taken of them.
+TEST_CASE("weights of every type unpack to the same") {
+    constexpr int row = 9 * 70, lines = 16;
+    std::vector<float>    w(static_cast<size_t>(row) * lines);
+    std::vector<uint16_t> f16, bf16;
+    for (float & x : w) {
+        x = static_cast<float>(static_cast<int>(engine() % 255) - 127) / 8;
+        f16.push_back(ggml_fp32_to_fp16(x));
+        bf16.push_back(to_bf16(x));
+    }
+    for (const KernelSet * set : sets()) {
+        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        for (const Form form : {Form::direct, Form::winograd, Form::winograd_doubled}) {
+            for (const int taps : {1, 4, 9}) {
+                for (const int length : {1, 2, 31, 32, 33, 64, 70}) {
+                    if (form != Form::direct && (taps != 9 || !set->winograd)) {
+                        continue;
+                    }
+                    const auto bytes = static_cast<size_t>(set->panel_bytes(form, taps, length));
+                    const int  padded = (length + set->channel_step - 1) / set->channel_step * set->channel_step;
+                    const auto scratch = memory(int64_t{4} * taps * padded * set->lanes);
+                    const auto unpacked = [&](const void * from, Element element, int rows) {
+                        std::vector<char> panel(bytes);
+                        const auto        to = memory(static_cast<int64_t>(bytes));
+                        std::memset(to.get(), 0, bytes);
+                        set->pack({form, from, element, row, rows, taps, length, to.get(), 0, static_cast<float *>(scratch.get())});
+                        std::memcpy(panel.data(), to.get(), bytes);
+                        return panel;
+                    };
+                    for (const int rows : {1, set->lanes}) {
+                        const std::vector<char> want = unpacked(w.data(), Element::f32, rows);
+                        CHECK(unpacked(f16.data(), Element::f16, rows) == want);
+                        CHECK(unpacked(bf16.data(), Element::bf16, rows) == want);
+                    }
+                }
+            }
         }
     }
 }

@@ -20,8 +20,9 @@ constexpr int64_t rows_of_quantised = 4096;
 constexpr int64_t filtered_channels = 16, filtered_rows = 64;
 
 // What a piece of work takes beside its products, in products: a weight's unpacking KernelSet::unpacking of them, more where
-// it is quantised, and each channel of a row, which is found, rounded or transformed, as many as with some columns.
-constexpr double quantised_unpacking = 4, found = 8, transformed = 32;
+// it is quantised or transformed, and each channel of a row, which is found, rounded or transformed, as many as with some
+// columns.
+constexpr double quantised_unpacking = 4, filtered_unpacking = 4, found = 8, transformed = 32;
 constexpr double waiting = 0.25; // of a piece, which the others wait for at the end
 constexpr int64_t pieces_each = 6; // at most, that a thread is to take
 constexpr int64_t least_rows = 32; // of a piece: tiles of every set
@@ -173,7 +174,8 @@ void Product::plan_pieces() {
     const int64_t       most_panels = std::clamp<int64_t>(weights / deepest, 1, columns_at_most / set.panel);
     const int64_t       most_shares = std::max<int64_t>(filtered_ ? (ne_[2] + 1) / 2 * ne_[3] : rows_ / least_rows, 1);
     const double        products = multiplications(form_of(parts_.terms.front()), static_cast<int>(taps_of(weight)));
-    const double unpacking = set.unpacking * (quantised ? quantised_unpacking : 1) * static_cast<double>(taps_of(weight)) / products;
+    const double unpacking = set.unpacking * (quantised ? quantised_unpacking : 1) * (filtered_ ? filtered_unpacking : 1) *
+                             static_cast<double>(taps_of(weight)) / products;
     const double beside = filtered_ ? transformed : found;
 
     double least = std::numeric_limits<double>::infinity();

@@ -29,11 +29,11 @@ constexpr int channels_of_number = products_in_bf16 ? 2 : 1;
 
 #ifdef SD_AMX
 constexpr int     channel_step = 32; // of a tile
-constexpr int     depth = 2304, unpacking = 100;
+constexpr int     depth = 2304, unpacking = 50;
 constexpr int64_t weights_at_once = 768 << 10, sums_at_once = 2 << 20; // all processors with AMX have 2 MB a core
 #else
 constexpr int     channel_step = channels_of_number;
-constexpr int     depth = products_in_bf16 ? 1536 : 768, unpacking = products_in_bf16 ? 36 : 20;
+constexpr int     depth = products_in_bf16 ? 1536 : 768, unpacking = products_in_bf16 ? 18 : 12;
 constexpr int64_t weights_at_once = 384 << 10, sums_at_once = 512 << 10;
 #endif
 

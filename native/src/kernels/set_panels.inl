@@ -19,6 +19,7 @@ template <Element element> SD_INLINE Vec load_element(const void * from, int64_t
     }
 }
 
+#ifndef SD_AMX
 // Element j = channel * taps + tap of a weight's row goes to row tap * padded + channel of the panel.
 template <Element element> void transpose_into(const Pack & p, float * to, int64_t stride, int padded) {
     const int n = p.taps * p.length;
@@ -47,20 +48,81 @@ void transpose_any(const Pack & p, float * to, int64_t stride, int padded) {
         case Element::bf16: return transpose_into<Element::bf16>(p, to, stride, padded);
     }
 }
+#endif
 
 #ifdef SD_BF16
-void pack_taps(const Pack & p) {
-    const int padded = numbers_of(p.length) * channels_of_number;
-    for (int tap = 0; tap < p.taps; ++tap) {
-        for (int channel = p.length; channel < padded; ++channel) {
-            store(p.scratch + (static_cast<int64_t>(tap) * padded + channel) * lanes, Vec{});
+// Pairs of neighbouring elements, of twice as many as a vector has lanes, rounded to bf16.
+template <Element element> SD_INLINE Vec load_pairs(const void * from, int64_t at, int n) {
+    const Vec low = load_element<element>(from, at, n);
+    const Vec high = n > lanes ? load_element<element>(from, at + lanes, n - lanes) : Vec{};
+    return (Vec) _mm512_cvtne2ps_pbh((__m512) high, (__m512) low);
+}
+
+// Elements 2 m and 2 m + 1 of a weight's row, of n, go to row m of `to`.
+template <Element element> void transpose_pairs(const Pack & p, int n, Number * to, int64_t stride) {
+    for (int j = 0; j < n; j += 2 * lanes) {
+        Vec rows[lanes];
+        for (int i = 0; i < lanes; ++i) {
+            rows[i] = i < p.rows ? load_pairs<element>(p.from, i * p.row + j, n - j) : Vec{};
+        }
+        transpose(rows);
+        const int some = n - j < 2 * lanes ? (n - j + 1) / 2 : lanes;
+        for (int i = 0; i < some; ++i, to += stride) {
+            store(reinterpret_cast<float *>(to), rows[i]);
         }
     }
-    transpose_any(p, p.scratch, lanes, padded);
-    Number * to = static_cast<Number *>(p.to) + p.column;
-    for (int pair = 0; pair < p.taps * padded / 2; ++pair) {
-        store_pair(to + static_cast<int64_t>(pair) * panel, load(p.scratch + 2 * pair * lanes),
-                   load(p.scratch + (2 * pair + 1) * lanes));
+}
+
+void transpose_any_pairs(const Pack & p, int n, Number * to, int64_t stride) {
+    switch (p.element) {
+        case Element::f32: return transpose_pairs<Element::f32>(p, n, to, stride);
+        case Element::f16: return transpose_pairs<Element::f16>(p, n, to, stride);
+        case Element::bf16: return transpose_pairs<Element::bf16>(p, n, to, stride);
+    }
+}
+
+// The columns' element `at` out of pairs of them, in the lower or in the upper half.
+SD_INLINE UVec lower_half(const Number * pairs, int at) {
+    const UVec pair = (UVec) load(reinterpret_cast<const float *>(pairs + at / 2 * lanes));
+    return at % 2 == 0 ? pair & 0xffffu : pair >> 16;
+}
+SD_INLINE UVec upper_half(const Number * pairs, int at) {
+    const UVec pair = (UVec) load(reinterpret_cast<const float *>(pairs + at / 2 * lanes));
+    return at % 2 == 0 ? pair << 16 : pair & 0xffff0000u;
+}
+
+// A number has the same tap of two channels, which lie `taps` elements apart: pairs of neighbours are transposed, of so
+// few channels at a time that they stay in the first-level cache, and joined anew.
+void pack_taps(const Pack & p) {
+    const int numbers = numbers_of(p.length);
+    auto *    to = static_cast<Number *>(p.to) + p.column;
+    auto *    pairs = reinterpret_cast<Number *>(p.scratch);
+    Pack      some = p;
+    for (int first = 0; first < p.length; first += 2 * lanes) {
+        some.length = p.length - first < 2 * lanes ? p.length - first : 2 * lanes;
+        const int     n = p.taps * some.length;
+        Number *      at = to + int64_t{first / 2} * panel;
+        if (p.taps == 1) {
+            transpose_any_pairs(some, n, at, panel);
+        } else {
+            transpose_any_pairs(some, n, pairs, lanes);
+            for (int channel = 0; channel < some.length; channel += 2, at += panel) {
+                for (int tap = 0; tap < p.taps; ++tap) {
+                    const int element = channel * p.taps + tap;
+                    UVec      number = lower_half(pairs, element);
+                    if (channel + 1 < some.length) {
+                        number |= upper_half(pairs, element + p.taps);
+                    }
+                    store(reinterpret_cast<float *>(at + int64_t{tap} * numbers * panel), (Vec) number);
+                }
+            }
+        }
+        some.from = static_cast<const char *>(some.from) + int64_t{2} * lanes * p.taps * (p.element == Element::f32 ? 4 : 2);
+    }
+    for (int tap = 0; tap < p.taps; ++tap) {
+        for (int number = (p.length + 1) / 2; number < numbers; ++number) {
+            store(reinterpret_cast<float *>(to + (int64_t{tap} * numbers + number) * panel), Vec{});
+        }
     }
 }
 #else
