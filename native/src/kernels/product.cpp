@@ -5,8 +5,8 @@
 #include <ggml.h>
 
 #include <algorithm>
-#include <limits>
 #include <cstring>
+#include <limits>
 
 namespace sd {
 namespace {

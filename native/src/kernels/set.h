@@ -107,8 +107,7 @@ struct KernelSet {
     int          lanes, panel; // floats in a vector, columns in a panel
     int          depth;        // channels times taps that are unpacked and multiplied at a time
     int          unpacking;    // rows that are multiplied by a weight while another is unpacked
-    int64_t      weights;      // bytes that are unpacked at a time, and with them
-    int64_t      sums;         // bytes that are added to, stay in the second-level cache while rows pass by
+    int64_t      weights, sums; // bytes that are unpacked, and added to, while rows pass by: they stay in a cache
     int          channel_step; // numbers of channels that are no multiples are filled up with zeros
     bool         bf16;         // products of bf16, summed in f32
     bool         winograd;     // whether there are forms beside the direct one

@@ -14,7 +14,7 @@ struct Multiplier {
 
 // The left operands of tiles: 16 rows or twice as many, of one tap after the other.
 struct TileRows {
-    const Number * halves[2];
+    const Number *  halves[2];
     int64_t         row;     // from one to the next
     int             numbers; // of a tap, whole tiles
     int             taps = 1;
@@ -91,23 +91,24 @@ SD_INLINE int64_t row_numbers(int taps, int length) { return int64_t{taps} * num
 int64_t scratch_of_rows(Form, int taps, int length) { return int64_t{sizeof(Number)} * tile_rows * row_numbers(taps, length); }
 
 // 16 rows that lie in one line share the pixels of their taps.
-SD_INLINE bool shares_pixels(const Rows & r, int64_t first, int count) {
-    return r.stride < r.taps_w && r.out_width % 16 == 0 && first % 16 == 0 && count % 16 == 0;
+SD_INLINE bool shares_pixels(const Rows & r, int64_t first) {
+    return r.stride < r.taps_w && r.out_width % 16 == 0 && first % 16 == 0;
 }
 
 SD_INLINE int shared_width(const Rows & r) { return 15 * r.stride + r.taps_w; }
 
 // The numbers of a pixel, zeros where it is null.
 SD_INLINE void put_pixel(const void * x, bool bf16, int length, Number * to) {
-    const int numbers = numbers_of(length);
-    if (x && bf16 && length % channel_step == 0) { // some vectors, for which memcpy() has long ways
+    const int  numbers = numbers_of(length);
+    const bool whole = length % channel_step == 0;
+    if (x && bf16 && whole) { // some vectors, for which memcpy() has long ways
         for (int i = 0; i < numbers; i += lanes) {
             store(reinterpret_cast<float *>(to) + i, load(static_cast<const float *>(x) + i));
         }
         return;
     }
-    for (int i = 0; i < numbers; i += lanes) {
-        store(reinterpret_cast<float *>(to) + i, Vec{});
+    if (!x || !whole) {
+        std::memset(to, 0, sizeof(Number) * static_cast<size_t>(numbers));
     }
     if (x) {
         copy_numbers(x, bf16, length, to);
@@ -133,59 +134,76 @@ SD_INLINE void copy_shared(const Operand & o, int64_t first, Number * to) {
 }
 
 // The left operands of up to R rows; where there are fewer, zeros fill up the tile.
-template <int R> struct RowTile {
-    TileRows rows[2];
-    int64_t  at[2][max_taps];
-
+template <int R> class RowTile {
+  public:
     RowTile(const Block & b, int64_t first, int count) {
         auto * scratch = static_cast<Number *>(b.scratch);
         for (int i = 0; i < b.count; ++i) {
             const Operand & o = b.operands[i];
             const Rows &    from = o.rows;
-            TileRows &      to = rows[i];
-            const int       taps = from.taps_w * from.taps_h;
-            to.numbers = numbers_of(o.length);
+            rows_[i].numbers = numbers_of(o.length);
             if (from.bf16 && is_plain(from) && o.length % channel_step == 0 && count == R) {
-                to.row = from.pixel / channels_of_number;
-                to.halves[0] = static_cast<const Number *>(from.x) + o.c0 / channels_of_number + first * to.row;
-                to.halves[1] = to.halves[0] + 16 * to.row;
-                continue;
+                leave(o, first, rows_[i]);
+            } else if (shares_pixels(from, first) && count == R) {
+                scratch = share(o, first, scratch, rows_[i], at_[i]);
+            } else {
+                scratch = gather(o, first, count, scratch, rows_[i]);
             }
-            to.halves[0] = scratch;
-            if (shares_pixels(from, first, count) && count == R) {
-                const int width = shared_width(from);
-                to.row = int64_t{from.stride} * to.numbers;
-                to.taps = taps;
-                to.at = at[i];
-                for (int tap = 0; tap < taps; ++tap) {
-                    at[i][tap] = int64_t{to.numbers} * (tap / from.taps_w * width + tap % from.taps_w);
-                }
-                const int64_t half = int64_t{to.numbers} * width * from.taps_h;
-                for (int h = 0; h < R / 16; ++h, scratch += half) {
-                    copy_shared(o, first + 16 * h, scratch);
-                }
-                to.halves[1] = to.halves[0] + half;
-                continue;
-            }
-            to.row = row_numbers(taps, o.length);
-            to.halves[1] = to.halves[0] + 16 * to.row;
-            scratch += R * to.row;
-            const int numbers = to.numbers;
-            Number *  all = const_cast<Number *>(to.halves[0]);
-            each_tap(from, first, count, o.c0, [&](int r, int tap, const void * x) __attribute__((always_inline)) {
-                put_pixel(x, from.bf16, o.length, all + r * to.row + int64_t{tap} * numbers);
-            });
-            std::memset(all + count * to.row, 0, sizeof(Number) * static_cast<size_t>((R - count) * to.row));
-            to.numbers *= taps;
         }
     }
 
     // The products with panel `number` of each operand.
     template <int V> void multiply_with(const Block & b, int64_t number, float * total) const {
         for (int i = 0; i < b.count; ++i) {
-            const int64_t numbers = int64_t{rows[i].taps} * rows[i].numbers;
-            multiply_rows<R, V>(rows[i], static_cast<const Number *>(b.operands[i].panels) + number * numbers * panel, panel,
+            const int64_t numbers = int64_t{rows_[i].taps} * rows_[i].numbers;
+            multiply_rows<R, V>(rows_[i], static_cast<const Number *>(b.operands[i].panels) + number * numbers * panel, panel,
                                 total, panel, i > 0);
         }
     }
+
+  private:
+    // They are used where they lie in x.
+    static void leave(const Operand & o, int64_t first, TileRows & to) {
+        to.row = o.rows.pixel / channels_of_number;
+        to.halves[0] = static_cast<const Number *>(o.rows.x) + o.c0 / channels_of_number + first * to.row;
+        to.halves[1] = to.halves[0] + 16 * to.row;
+    }
+
+    // Each half has the pixels that its taps see once, and a tap begins at one of them.
+    static Number * share(const Operand & o, int64_t first, Number * scratch, TileRows & to, int64_t (&at)[max_taps]) {
+        const Rows &  from = o.rows;
+        const int     width = shared_width(from);
+        const int64_t half = int64_t{to.numbers} * width * from.taps_h;
+        to.row = int64_t{from.stride} * to.numbers;
+        to.taps = from.taps_w * from.taps_h;
+        to.at = at;
+        for (int tap = 0; tap < to.taps; ++tap) {
+            at[tap] = int64_t{to.numbers} * (tap / from.taps_w * width + tap % from.taps_w);
+        }
+        to.halves[0] = scratch;
+        to.halves[1] = scratch + half;
+        for (int h = 0; h < R / 16; ++h, scratch += half) {
+            copy_shared(o, first + 16 * h, scratch);
+        }
+        return scratch;
+    }
+
+    // Each row has all its taps one behind the other, as if they were channels.
+    static Number * gather(const Operand & o, int64_t first, int count, Number * scratch, TileRows & to) {
+        const Rows &  from = o.rows;
+        const int     taps = from.taps_w * from.taps_h;
+        const int64_t numbers = to.numbers, row = row_numbers(taps, o.length);
+        each_tap(from, first, count, o.c0, [&](int r, int tap, const void * x) __attribute__((always_inline)) {
+            put_pixel(x, from.bf16, o.length, scratch + r * row + tap * numbers);
+        });
+        std::memset(scratch + count * row, 0, sizeof(Number) * static_cast<size_t>((R - count) * row));
+        to.row = row;
+        to.numbers *= taps;
+        to.halves[0] = scratch;
+        to.halves[1] = scratch + 16 * row;
+        return scratch + R * row;
+    }
+
+    TileRows rows_[2];
+    int64_t  at_[2][max_taps];
 };
