@@ -27,6 +27,8 @@ using namespace sd;
 
 namespace {
 
+std::string name_of(const KernelSet & set) { return std::string(set.name) + (set.bf16 ? " (bf16)" : ""); }
+
 // All that run here, and AMX's with emulated tiles where the rest of it does.
 std::vector<const KernelSet *> sets() {
     std::vector<const KernelSet *> out;
@@ -45,7 +47,7 @@ std::vector<const KernelSet *> sets() {
 #endif
     std::string names;
     for (const KernelSet * set : out) {
-        names += std::string(" ") + set->name + (set->bf16 ? " (bf16)" : "");
+        names += " " + name_of(*set);
     }
     MESSAGE("kernels:" << names);
     return out;
@@ -291,30 +293,35 @@ void check_attention(const KernelSet & set, int size, int queries, int keys, boo
     CHECK(relative(out, want) < (set.bf16 ? 8e-3 : 1e-6));
 }
 
+// With x in f32 for every set, and in bf16 for those whose products are.
+template <typename Check> void with_every_set(const Check & check) {
+    for (const KernelSet * set : sets()) {
+        INFO(name_of(*set));
+        check(*set, false);
+        if (set->bf16) {
+            check(*set, true);
+        }
+    }
+}
+
 } // namespace
 
 TEST_CASE("products of tokens and pictures") {
-    for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
-        for (const bool bf16 : {false, true}) {
-            if (bf16 && !set->bf16) {
-                continue;
-            }
-            for (const int rows : {1, 2, 5, 6, 16, 17, 31, 32, 33, 75}) {
-                check_product(*set, {{64, rows, 1, 1}, 1, 1, 70, 1, bf16});
-            }
-            for (const int channels : {2, 4, 30, 32, 40, 97, 320}) {
-                check_product(*set, {{channels + channels % 2 * bf16, 9, 1, 2}, 1, 1, 33, 1, bf16});
-                check_product(*set, {{channels + channels % 2 * bf16, 7, 5, 2}, 3, 1, 65, 1, bf16});
-            }
-            for (const int columns : {1, 4, 8, 15, 16, 17, 32, 40, 48, 64, 129}) {
-                check_product(*set, {{24, 6, 7, 1}, 3, 1, columns, 1, bf16});
-            }
-            check_product(*set, {{16, 9, 8, 1}, 3, 2, 20, 1, bf16});
-            check_product(*set, {{16, 5, 4, 2}, 3, 1, 20, 2, bf16});
-            check_product(*set, {{8, 4, 3, 1}, 1, 1, 20, 2, bf16});
+    with_every_set([](const KernelSet & set, bool bf16) {
+        for (const int rows : {1, 2, 5, 6, 16, 17, 31, 32, 33, 75}) {
+            check_product(set, {{64, rows, 1, 1}, 1, 1, 70, 1, bf16});
         }
-    }
+        for (const int channels : {2, 4, 30, 32, 40, 97, 320}) {
+            check_product(set, {{channels + channels % 2 * bf16, 9, 1, 2}, 1, 1, 33, 1, bf16});
+            check_product(set, {{channels + channels % 2 * bf16, 7, 5, 2}, 3, 1, 65, 1, bf16});
+        }
+        for (const int columns : {1, 4, 8, 15, 16, 17, 32, 40, 48, 64, 129}) {
+            check_product(set, {{24, 6, 7, 1}, 3, 1, columns, 1, bf16});
+        }
+        check_product(set, {{16, 9, 8, 1}, 3, 2, 20, 1, bf16});
+        check_product(set, {{16, 5, 4, 2}, 3, 1, 20, 2, bf16});
+        check_product(set, {{8, 4, 3, 1}, 1, 1, 20, 2, bf16});
+    });
 }
 
 // Numbers that all types hold exactly, in rows longer than what is taken of them.
@@ -328,7 +335,7 @@ TEST_CASE("weights of every type unpack to the same") {
         bf16.push_back(to_bf16(x));
     }
     for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        INFO(name_of(*set));
         for (const Form form : {Form::direct, Form::winograd, Form::winograd_doubled}) {
             for (const int taps : {1, 4, 9}) {
                 for (const int length : {1, 2, 31, 32, 33, 64, 70}) {
@@ -359,73 +366,55 @@ TEST_CASE("weights of every type unpack to the same") {
 
 // Of lines as long as AMX's tiles are high, and longer: rows of a tile then share what their taps see.
 TEST_CASE("convolutions of wide pictures") {
-    for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
-        for (const bool bf16 : {false, true}) {
-            if (bf16 && !set->bf16) {
-                continue;
-            }
-            for (const int channels : {2, 30, 32, 64, 97}) {
-                check_product(*set, {{channels + channels % 2 * bf16, 16, 3, 2}, 3, 1, 33, 1, bf16});
-            }
-            for (const int width : {15, 17, 32, 48, 80}) {
-                check_product(*set, {{40, width, 3, 1}, 3, 1, 20, 1, bf16});
-            }
-            check_product(*set, {{32, 32, 5, 2}, 3, 2, 20, 1, bf16});
-            check_product(*set, {{32, 8, 3, 2}, 3, 1, 20, 2, bf16});
-            check_product(*set, {{32, 16, 6, 1}, 5, 1, 20, 1, bf16});
-            check_product(*set, {{32, 16, 6, 1}, 5, 4, 20, 4, bf16});
+    with_every_set([](const KernelSet & set, bool bf16) {
+        for (const int channels : {2, 30, 32, 64, 97}) {
+            check_product(set, {{channels + channels % 2 * bf16, 16, 3, 2}, 3, 1, 33, 1, bf16});
         }
-    }
+        for (const int width : {15, 17, 32, 48, 80}) {
+            check_product(set, {{40, width, 3, 1}, 3, 1, 20, 1, bf16});
+        }
+        check_product(set, {{32, 32, 5, 2}, 3, 2, 20, 1, bf16});
+        check_product(set, {{32, 8, 3, 2}, 3, 1, 20, 2, bf16});
+        check_product(set, {{32, 16, 6, 1}, 5, 1, 20, 1, bf16});
+        check_product(set, {{32, 16, 6, 1}, 5, 4, 20, 4, bf16});
+    });
 }
 
 TEST_CASE("products with an adapter") {
-    for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
-        for (const bool bf16 : {false, true}) {
-            if (bf16 && !set->bf16) {
-                continue;
-            }
-            for (const int rank : {1, 4, 16, 33}) {
-                check_product(*set, {{64, 75, 1, 1}, 1, 1, 70, 1, bf16, Form::direct, rank});
-                check_product(*set, {{40, 16, 4, 1}, 3, 1, 70, 1, bf16, Form::direct, rank});
-                check_product(*set, {{40, 7, 5, 2}, 3, 1, 33, 1, bf16, Form::direct, rank});
-            }
+    with_every_set([](const KernelSet & set, bool bf16) {
+        for (const int rank : {1, 4, 16, 33}) {
+            check_product(set, {{64, 75, 1, 1}, 1, 1, 70, 1, bf16, Form::direct, rank});
+            check_product(set, {{40, 16, 4, 1}, 3, 1, 70, 1, bf16, Form::direct, rank});
+            check_product(set, {{40, 7, 5, 2}, 3, 1, 33, 1, bf16, Form::direct, rank});
         }
-    }
+    });
 }
 
 TEST_CASE("convolutions by minimal filtering") {
-    for (const KernelSet * set : sets()) {
-        if (!set->winograd) {
-            continue;
+    with_every_set([](const KernelSet & set, bool bf16) {
+        if (!set.winograd) {
+            return;
         }
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
-        for (const bool bf16 : {false, true}) {
-            if (bf16 && !set->bf16) {
-                continue;
-            }
-            for (const int channels : {2, 15, 16, 40, 97}) {
-                check_product(*set, {{channels + channels % 2 * bf16, 7, 5, 2}, 3, 1, 65, 1, bf16, Form::winograd});
-                check_product(*set, {{channels + channels % 2 * bf16, 4, 3, 2}, 3, 1, 65, 2, bf16, Form::winograd_doubled});
-            }
-            for (const int columns : {1, 8, 17, 33, 48, 64, 129}) {
-                check_product(*set, {{24, 8, 6, 1}, 3, 1, columns, 1, bf16, Form::winograd});
-                check_product(*set, {{24, 5, 7, 1}, 3, 1, columns, 2, bf16, Form::winograd_doubled});
-            }
-            for (const int size : {1, 2, 3, 10}) {
-                check_product(*set, {{16, size, 3, 3}, 3, 1, 20, 1, bf16, Form::winograd});
-                check_product(*set, {{16, 3, size, 3}, 3, 1, 20, 1, bf16, Form::winograd});
-                check_product(*set, {{16, size, 3, 3}, 3, 1, 20, 2, bf16, Form::winograd_doubled});
-            }
-            check_product(*set, {{16, 5, 4, 2}, 3, 1, 20, 3, bf16, Form::winograd}); // enlarged to thrice its size
+        for (const int channels : {2, 15, 16, 40, 97}) {
+            check_product(set, {{channels + channels % 2 * bf16, 7, 5, 2}, 3, 1, 65, 1, bf16, Form::winograd});
+            check_product(set, {{channels + channels % 2 * bf16, 4, 3, 2}, 3, 1, 65, 2, bf16, Form::winograd_doubled});
         }
-    }
+        for (const int columns : {1, 8, 17, 33, 48, 64, 129}) {
+            check_product(set, {{24, 8, 6, 1}, 3, 1, columns, 1, bf16, Form::winograd});
+            check_product(set, {{24, 5, 7, 1}, 3, 1, columns, 2, bf16, Form::winograd_doubled});
+        }
+        for (const int size : {1, 2, 3, 10}) {
+            check_product(set, {{16, size, 3, 3}, 3, 1, 20, 1, bf16, Form::winograd});
+            check_product(set, {{16, 3, size, 3}, 3, 1, 20, 1, bf16, Form::winograd});
+            check_product(set, {{16, size, 3, 3}, 3, 1, 20, 2, bf16, Form::winograd_doubled});
+        }
+        check_product(set, {{16, 5, 4, 2}, 3, 1, 20, 3, bf16, Form::winograd}); // enlarged to thrice its size
+    });
 }
 
 TEST_CASE("attention") {
     for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        INFO(name_of(*set));
         for (const int size : {3, 8, 40, 64, 80, 160}) {
             check_attention(*set, size, 20, 77, false);
         }
@@ -444,7 +433,7 @@ TEST_CASE("products of more threads than processors") {
     const Case c{{320, 16, 16, 1}, 3, 1, 64, 1, false};
     const auto inputs = inputs_of(c);
     for (const KernelSet * set : sets()) {
-        INFO(set->name << (set->bf16 ? " bf16" : ""));
+        INFO(name_of(*set));
         const auto               want = product_of(*set, c, inputs);
         std::atomic<int>         wrong{0};
         std::vector<std::thread> threads;

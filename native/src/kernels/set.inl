@@ -9,7 +9,7 @@ namespace sd {
 namespace {
 
 #if defined(SD_AMX)
-constexpr int vectors = 2;
+constexpr int vectors = 2; // two tiles side by side, whose rows then lie in one run
 #elif defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int vectors = 4; // of a panel: 6 rows of 4 sums, 4 weights and one factor fill 32 registers
 #else
