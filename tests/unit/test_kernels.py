@@ -123,3 +123,14 @@ def test_a_profile_counts_what_a_picture_does(sd_ctx: SDContext) -> None:
     assert [row[2] for row in conv] == [2]
     assert conv[0][4] == 2 * 2.0 * 128 * 9 * 4 * 32  # two runs of both halves of guidance
     assert all(row[3] >= 0 for row in rows)
+
+
+MADE: list[int] = []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.usefixtures("kernels")
+def test_what_kernels_do_not_change_is_made_for_the_first_only(number: int, once: Callable[..., int]) -> None:
+    """Under --kernels others or all, where there are several in one process."""
+    assert once(lambda: MADE.append(number) or number) == number
+    assert len(MADE) == len(set(MADE))
